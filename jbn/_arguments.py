@@ -1,0 +1,200 @@
+"""Checks of arguments: what is refused, and the message that says how to mend it."""
+
+import math
+import numbers
+import operator
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+INPUT_DTYPES = ("float32", "float64", "bfloat16", "float16")
+STATE_DTYPES = ("float32", "float64")
+RUNNING_VAR = ("biased", "unbiased", "total")
+
+
+class Axes(NamedTuple):
+    """The axes of an input: those with statistics of their own, and those that are reduced."""
+
+    feature: tuple[int, ...]
+    reduced: tuple[int, ...]
+
+    def features(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of `mean`, `var`, `scale` and `bias` for an input of this shape."""
+        return tuple(shape[axis] for axis in self.feature)
+
+
+def checked_input(x: Any) -> jax.Array:
+    """`x` as an array of one of the input dtypes."""
+    x = jnp.asarray(x)
+    if x.dtype.name not in INPUT_DTYPES:
+        raise TypeError(
+            f"`x` has dtype {x.dtype.name}: expected one of {', '.join(INPUT_DTYPES)}. "
+            "Convert it first, for example x.astype(jnp.float32)."
+        )
+    return x
+
+
+def checked_axes(feature_axis: int | Sequence[int], ndim: int) -> Axes:
+    """Feature axes counted from the front and in ascending order, and the axes left to reduce."""
+    given = tuple(feature_axis) if isinstance(feature_axis, Sequence) else (feature_axis,)
+    try:
+        axes = [operator.index(axis) for axis in given]
+    except TypeError:
+        raise TypeError(f"`feature_axis` is {feature_axis!r}: expected an int or a sequence of ints.") from None
+    for axis in axes:
+        if not -ndim <= axis < ndim:
+            raise ValueError(
+                f"`feature_axis` {axis} is out of range for x of {ndim} dimensions: expected {-ndim} to {ndim - 1}."
+            )
+    feature = tuple(sorted(axis % ndim for axis in axes))
+    if len(set(feature)) != len(feature):
+        raise ValueError(f"`feature_axis` {feature_axis!r} names an axis of x of {ndim} dimensions twice: name it once.")
+    return Axes(feature, tuple(axis for axis in range(ndim) if axis not in feature))
+
+
+def check_reducible(shape: Sequence[int], axes: Axes, axis_name: Any) -> None:
+    """Training needs an axis to take statistics over."""
+    if not axes.reduced and axis_name is None:
+        raise ValueError(
+            f"`x` has shape {tuple(shape)}, and every axis is a feature axis: no axis is left to take statistics over. "
+            "Add a batch axis, or name a mapped axis with `axis_name`."
+        )
+
+
+def check_vectors(name: str, vectors: Any, shape: Sequence[int], axes: Axes) -> None:
+    """Each array of a NamedTuple of per-feature vectors has the feature shape of x and a float dtype."""
+    expected = axes.features(shape)
+    for field, vector in zip(vectors._fields, vectors, strict=True):
+        if vector is None or field == "count":
+            continue
+        if not jnp.issubdtype(jnp.result_type(vector), jnp.floating):
+            raise TypeError(f"`{name}.{field}` has dtype {jnp.result_type(vector).name}: expected a float dtype.")
+        if jnp.shape(vector) != expected:
+            raise ValueError(
+                f"`{name}.{field}` has shape {jnp.shape(vector)}, but x of shape {tuple(shape)} has features of shape "
+                f"{expected} on `feature_axis` {axes.feature}: make them with jbn.init({expected}), "
+                "or name the right `feature_axis`."
+            )
+
+
+def check_tuple(name: str, value: Any, fields: Sequence[str]) -> None:
+    """`value` is one of jbn's NamedTuples."""
+    if not all(hasattr(value, field) for field in fields):
+        raise TypeError(
+            f"`{name}` is a {type(value).__name__} without {', '.join(fields)}: "
+            f"expected jbn.{name.capitalize()}({', '.join(fields)}), as jbn.init makes it."
+        )
+
+
+def checked_features(features: Any) -> tuple[int, ...]:
+    """The shape of the features."""
+    given = tuple(features) if isinstance(features, Sequence) else (features,)
+    try:
+        shape = tuple(operator.index(size) for size in given)
+    except TypeError:
+        raise TypeError(f"`features` is {features!r}: expected an int or a sequence of ints.") from None
+    if any(size < 0 for size in shape):
+        raise ValueError(f"`features` is {features!r}: expected sizes of at least 0.")
+    return shape
+
+
+def checked_state_dtype(name: str, dtype: Any) -> Any:
+    """Running statistics in half precision stop moving, so they are refused."""
+    if jnp.dtype(dtype).name not in STATE_DTYPES:
+        raise TypeError(
+            f"`{name}` is {jnp.dtype(dtype).name}: expected {' or '.join(STATE_DTYPES)}, since running statistics "
+            "lose small updates in half precision. For low-precision compute give x in that dtype instead."
+        )
+    return jnp.dtype(dtype)
+
+
+def check_state_dtype(state: Any) -> None:
+    """The dtypes of running statistics."""
+    for field in ("mean", "var"):
+        checked_state_dtype(f"state.{field}.dtype", jnp.result_type(getattr(state, field)))
+
+
+def checked_mask(mask: Any, shape: Sequence[int], axes: Axes) -> jax.Array | None:
+    """The mask with size 1 on feature axes, so that it broadcasts against x; None stays None."""
+    if mask is None:
+        return None
+    mask = jnp.asarray(mask)
+    if mask.dtype != jnp.bool_:
+        raise TypeError(
+            f"`mask` has dtype {mask.dtype.name}: expected bool, where True counts. "
+            "For a mask of zeros and ones use mask.astype(bool)."
+        )
+    short = tuple(shape[axis] for axis in axes.reduced)
+    long = tuple(1 if axis in axes.feature else size for axis, size in enumerate(shape))
+    if _fits(mask.shape, short):
+        return jnp.expand_dims(mask, axes.feature)
+    if _fits(mask.shape, long):
+        return mask
+    raise ValueError(
+        f"`mask` has shape {mask.shape}, which does not match x of shape {tuple(shape)} without its feature axes "
+        f"{axes.feature}: expected {short} or {long}, where an axis may also be 1."
+    )
+
+
+def _fits(shape: Sequence[int], expected: Sequence[int]) -> bool:
+    return len(shape) == len(expected) and all(m in (1, n) for m, n in zip(shape, expected, strict=True))
+
+
+def check_train(train: Any) -> None:
+    """Training and inference are two programs, so the choice is made in Python."""
+    if isinstance(train, jax.core.Tracer):
+        raise TypeError(
+            "`train` is traced, but it selects the program and must be a Python bool: pass it by "
+            "jax.jit(..., static_argnames='train'), or bind it with functools.partial before jit."
+        )
+    if not isinstance(train, bool | np.bool_):
+        raise TypeError(f"`train` is {train!r}: expected True (batch statistics) or False (running statistics).")
+
+
+def checked_epsilon(epsilon: Any) -> float:
+    """A concrete, positive, finite number that float32 can tell from 0."""
+    if isinstance(epsilon, jax.core.Tracer) or not isinstance(epsilon, numbers.Real | np.ndarray | jax.Array):
+        raise TypeError(f"`epsilon` is {epsilon!r}: expected a Python number such as 1e-5, not a traced value.")
+    value = float(epsilon)
+    if not (value >= float(np.finfo(np.float32).tiny) and math.isfinite(value)):
+        raise ValueError(f"`epsilon` is {value}: expected a finite number of at least 1.2e-38, such as 1e-5.")
+    return value
+
+
+def check_running_var(running_var: Any) -> None:
+    """The rule by which the running variance takes a batch's."""
+    if running_var not in RUNNING_VAR:
+        raise ValueError(f"`running_var` is {running_var!r}: expected one of {', '.join(map(repr, RUNNING_VAR))}.")
+
+
+def checked_dtype(dtype: Any, default: Any) -> Any:
+    """The dtype of the result."""
+    if dtype is None:
+        return default
+    if jnp.dtype(dtype).name not in INPUT_DTYPES:
+        raise TypeError(f"`dtype` is {jnp.dtype(dtype).name}: expected one of {', '.join(INPUT_DTYPES)}, or None.")
+    return jnp.dtype(dtype)
+
+
+def checked_groups(ghost_batch_size: Any, shape: Sequence[int], axes: Axes) -> int:
+    """The number of ghost batches in x."""
+    try:
+        size = operator.index(ghost_batch_size)
+    except TypeError:
+        raise TypeError(f"`ghost_batch_size` is {ghost_batch_size!r}: expected an int or None.") from None
+    if 0 in axes.feature:
+        raise ValueError(
+            f"`ghost_batch_size` cuts the first axis of x, which is a feature axis here ({axes.feature}): "
+            "move the batch to the first axis."
+        )
+    if not isinstance(shape[0], int):
+        raise ValueError(f"`ghost_batch_size` needs a batch of known size, but x has shape {tuple(shape)}.")
+    if size < 1 or shape[0] % size:
+        raise ValueError(
+            f"`ghost_batch_size` is {size}, which does not divide the {shape[0]} examples on the first axis of x "
+            f"of shape {tuple(shape)}: expected a divisor of {shape[0]}."
+        )
+    return shape[0] // size

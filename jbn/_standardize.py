@@ -1,0 +1,142 @@
+"""Standardize a batch by its own moments, with the exact derivative in every mode, which keeps only the input alive."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from jbn._collectives import AxisName, sum_over
+from jbn._moments import ShiftedMoments, shifted_moments
+
+Activation = Callable[[jax.Array], jax.Array]
+
+
+class Affine(NamedTuple):
+    """Scale and bias, with the rank of x and size 1 on the reduced axes."""
+
+    scale: jax.Array
+    bias: jax.Array
+
+
+class Rule(NamedTuple):
+    """What is fixed while tracing."""
+
+    reduced: tuple[int, ...]
+    axis_name: AxisName | None
+    epsilon: float
+    activation: Callable[..., jax.Array] | None
+    dtype: Any
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def standardize(
+    rule: Rule, x: jax.Array, mask: jax.Array | None, affine: Affine, captured: list[jax.Array]
+) -> tuple[jax.Array, ShiftedMoments]:
+    """activation((x - mean) * rstd * scale + bias) by the batch's own mean and variance, and its moments.
+
+    `captured` are the values that the activation closes over, since a custom derivative sees arguments only.
+    """
+    batch = shifted_moments(x, mask, rule.reduced, rule.axis_name)
+    return transform(rule, x, mask, batch, affine, captured), batch
+
+
+def transform(
+    rule: Rule, x: jax.Array, mask: jax.Array | None, batch: ShiftedMoments, affine: Affine, captured: list[jax.Array]
+) -> jax.Array:
+    """activation((x - mean) * rstd * scale + bias) by the given moments; masked values come out as 0."""
+    out = _center(x, mask, batch) * (_rstd(rule, batch) * affine.scale) + affine.bias
+    if rule.activation is not None:
+        out = rule.activation(out, *captured)
+    return _valid(out.astype(rule.dtype), mask)
+
+
+@functools.partial(standardize.defjvp, symbolic_zeros=True)
+def _standardize_jvp(rule: Rule, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+    x, mask, affine, captured = primals
+    x_t, _, affine_t, captured_t = tangents
+    out, batch = standardize(rule, x, mask, affine, captured)
+    x_t = None if isinstance(x_t, SymbolicZero) else x_t
+    affine_t, captured_t = jax.tree.map(_instantiated, (affine_t, captured_t), is_leaf=_is_symbolic_zero)
+    # checkpoint keeps its arguments and recomputes the rest, so that the backward pass has x in its own dtype, the
+    # moments, scale and bias, and nothing else; it must not be undone by merging with the forward pass.
+    linear = jax.checkpoint(functools.partial(_tangent, rule), prevent_cse=False)
+    return (out, batch), linear(x, mask, batch, affine, captured, x_t, affine_t, captured_t)
+
+
+def _tangent(
+    rule: Rule,
+    x: jax.Array,
+    mask: jax.Array | None,
+    batch: ShiftedMoments,
+    affine: Affine,
+    captured: list[jax.Array],
+    x_t: jax.Array | None,
+    affine_t: Affine,
+    captured_t: list[jax.Array],
+) -> tuple[jax.Array, ShiftedMoments]:
+    """Tangents of output and moments, linear in those of x, scale, bias and the captured values.
+
+    With a = scale*rstd and t the tangent of x,
+    out_t = a*t + xc*B + A,  A = bias_t - a*mean(t),  B = (scale_t - a*rstd*mean(xc*t))*rstd.
+    The means are factored out of the elementwise line, so that its transpose holds two reductions, not four.
+    """
+    centered = _center(x, mask, batch)
+    rstd = _rstd(rule, batch)
+    slope = rstd * affine.scale
+    if x_t is None:
+        tangent, mean_t, covariance = None, jnp.zeros_like(batch.offset), jnp.zeros_like(batch.var)
+    else:
+        tangent = _valid(x_t, mask).astype(centered.dtype)
+        sums = (jnp.sum(v, axis=rule.reduced, keepdims=True) for v in (tangent, centered * tangent))
+        mean_t, covariance = (v / jnp.maximum(batch.count, 1) for v in sum_over(rule.axis_name, tuple(sums)))
+    constant = affine_t.bias - slope * mean_t
+    along = (affine_t.scale - slope * rstd * covariance) * rstd
+    out_t = centered * along + constant
+    if tangent is not None:
+        out_t = slope * tangent + out_t
+    if rule.activation is not None:
+        before = centered * slope + affine.bias
+        _, out_t = jax.jvp(rule.activation, (before, *captured), (out_t, *captured_t))
+    batch_t = ShiftedMoments(jnp.zeros_like(batch.shift), mean_t, 2 * covariance, jnp.zeros_like(batch.count))
+    return _valid(out_t.astype(rule.dtype), mask), batch_t
+
+
+def closed_activation(
+    activation: Activation | None, shape: tuple[int, ...], dtype: Any
+) -> tuple[Callable[..., jax.Array] | None, list[jax.Array]]:
+    """The activation with the values that it captures as arguments, and those values."""
+    if activation is None:
+        return None, []
+    before = jax.ShapeDtypeStruct(shape, dtype)
+    after = jax.eval_shape(activation, before)
+    if getattr(after, "shape", None) != shape or not jnp.issubdtype(after.dtype, jnp.floating):
+        raise ValueError(
+            f"`activation` turns {before.dtype.name}{list(shape)} into {after}: "
+            "expected an elementwise function, whose result is a float array of the same shape, such as jax.nn.relu."
+        )
+    return jax.closure_convert(activation, before)
+
+
+def _center(x: jax.Array, mask: jax.Array | None, batch: ShiftedMoments) -> jax.Array:
+    """(x - shift) - offset, in that order: the difference from the shift is nearly exact, the mean itself is not."""
+    return (_valid(x, mask).astype(batch.shift.dtype) - batch.shift) - batch.offset
+
+
+def _rstd(rule: Rule, batch: ShiftedMoments) -> jax.Array:
+    return jax.lax.rsqrt(batch.var + rule.epsilon)
+
+
+def _valid(x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """x with 0 in masked places."""
+    return x if mask is None else jnp.where(mask, x, jnp.zeros((), x.dtype))
+
+
+def _is_symbolic_zero(tangent: Any) -> bool:
+    return isinstance(tangent, SymbolicZero)
+
+
+def _instantiated(tangent: Any) -> jax.Array:
+    return jnp.zeros(tangent.shape, tangent.dtype) if _is_symbolic_zero(tangent) else tangent

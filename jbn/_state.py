@@ -1,0 +1,202 @@
+"""What is learned and what is remembered: Params, State, their start, and the update of the running statistics."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jbn import _arguments
+from jbn import momentum as momentum_schedules
+from jbn._moments import Moments
+from jbn.momentum import Schedule
+
+
+class Params(NamedTuple):
+    """What is learned: out = xhat * scale + bias.
+
+    Attributes:
+        scale: float array of the feature shape, gamma in the equations; None is 1, not learned.
+        bias: float array of the feature shape, beta in the equations; None is 0, not learned.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> jbn.Params(scale=None, bias=jnp.zeros(3)).scale is None
+        True
+    """
+
+    scale: jax.Array | None
+    bias: jax.Array | None
+
+
+class State(NamedTuple):
+    """What is remembered: the running statistics, which inference depends on and training never sees.
+
+    Attributes:
+        mean: float32 or float64 array of the feature shape.
+        var: float32 or float64 array of the feature shape; -inf where it is not known yet (see `unset`).
+        count: int32 scalar, the updates made so far.
+
+    Example:
+        >>> _, state = jbn.init(3)
+        >>> print(state.mean, state.var, state.count)
+        [0. 0. 0.] [1. 1. 1.] 0
+    """
+
+    mean: jax.Array
+    var: jax.Array
+    count: jax.Array
+
+
+def init(features: int | Sequence[int], dtype: Any = jnp.float32) -> tuple[Params, State]:
+    """Scale 1, bias 0, running mean 0, running variance 1, no update made.
+
+    Args:
+        features: the number of features, or their shape where several axes have statistics of their own.
+        dtype: float32 or float64, of all arrays but `count`.
+
+    Returns:
+        Params and State; no two of their arrays share a buffer, so that both can be donated.
+
+    Raises:
+        TypeError: features are no ints, or dtype is not float32 or float64.
+        ValueError: a size is negative.
+
+    Example:
+        >>> params, state = jbn.init(64)
+        >>> print(params.scale.shape, state.mean.dtype)
+        (64,) float32
+
+    Source:
+        Ioffe and Szegedy, Batch Normalization, 2015; the start of Keras, Flax and PyTorch.
+    """
+    shape = _arguments.checked_features(features)
+    dtype = _arguments.checked_state_dtype("dtype", dtype)
+    params = Params(scale=jnp.ones(shape, dtype), bias=jnp.zeros(shape, dtype))
+    state = State(mean=jnp.zeros(shape, dtype), var=jnp.ones(shape, dtype), count=jnp.zeros((), jnp.int32))
+    return params, state
+
+
+def update(
+    state: State, moments: Moments, *, momentum: float | Schedule = 0.99, running_var: str = "biased"
+) -> State:
+    """Move the running statistics towards a batch's.
+
+    new = momentum * old + (1 - momentum) * batch
+
+    A batch whose statistics are not finite in any channel, or that has no value, leaves the whole state as it was, and
+    so does a batch of one value under "unbiased". Unset statistics are replaced by the batch's biased moments.
+
+    Args:
+        state: the running statistics, of the feature shape.
+        moments: the batch's, of the same shape.
+        momentum: share of the old value kept, in [0, 1], or a schedule from `state.count` to it.
+        running_var: the variance that is averaged: "biased" (Keras, Flax), "unbiased", times n / (n - 1) (PyTorch), or
+            "total", plus momentum * (1 - momentum) * (batch mean - old mean)**2, which tends to the variance of the
+            population with its part between batches.
+
+    Returns:
+        State of the old one's dtype, not differentiated.
+
+    Raises:
+        TypeError: half-precision state, or a momentum that is no number.
+        ValueError: momentum outside [0, 1], unknown running_var, or shapes that differ.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> _, state = jbn.init(1)
+        >>> state = jbn.update(state, jbn.moments(jnp.array([[0.0], [4.0]])), momentum=0.5)
+        >>> print(state.mean, state.var, state.count)
+        [1.] [2.5] 1
+
+    Source:
+        Ioffe and Szegedy, Batch Normalization, 2015, section 3.1; "total" is the law of total variance.
+    """
+    check_update(state, running_var)
+    if jnp.shape(moments.mean) != jnp.shape(state.mean):
+        raise ValueError(
+            f"`moments.mean` has shape {jnp.shape(moments.mean)}, but `state.mean` has {jnp.shape(state.mean)}: "
+            "expected one shape for both."
+        )
+    dtype = jnp.result_type(state.mean)
+    count = jnp.rint(state.count).astype(jnp.int32)
+    kept = momentum_schedules.at(momentum, count, dtype)
+    batch = Moments(*(jnp.asarray(leaf).astype(dtype) for leaf in jax.lax.stop_gradient(moments)))
+    old_mean, old_var = (jnp.asarray(leaf).astype(dtype) for leaf in jax.lax.stop_gradient((state.mean, state.var)))
+
+    unset = jnp.isneginf(old_var)
+    taken_var = batch.var
+    if running_var == "unbiased":
+        taken_var = batch.var * (batch.count / jnp.maximum(batch.count - 1, 1))
+    mean = jnp.where(unset, batch.mean, _average(kept, old_mean, batch.mean))
+    var = _average(kept, jnp.where(unset, batch.var, old_var), taken_var)
+    if running_var == "total":
+        var += kept * (1 - kept) * jnp.square(batch.mean - old_mean)
+    var = jnp.where(unset, batch.var, var)
+
+    enough = batch.count > (1 if running_var == "unbiased" else 0)
+    good = enough & jnp.all(jnp.isfinite(mean) & jnp.isfinite(var))
+    return State(
+        mean=jnp.where(good, mean, old_mean),
+        var=jnp.where(good, var, old_var),
+        count=count + good.astype(jnp.int32),
+    )
+
+
+def unset(tree: Any) -> Any:
+    """Mark statistics as not known yet: the next good batch's own moments replace them whole.
+
+    mean = 0, var = -inf, count = 0. Inference with them gives NaN, loudly.
+
+    Args:
+        tree: any tree of jbn statistics: every node with `mean` and `var` is marked, and its `count` where it has one;
+            all else is left as it is.
+
+    Returns:
+        The tree, of the same structure, shapes and dtypes.
+
+    Raises:
+        ValueError: the tree holds no statistics.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> _, state = jbn.init(1)
+        >>> state = jbn.update(jbn.unset(state), jbn.moments(jnp.array([[3.0], [5.0]])))
+        >>> print(state.mean, state.var, state.count)
+        [4.] [1.] 1
+
+    Source:
+        jbn's own convention; -inf survives averaging, is no variance, and leaves NaN to mean a fault.
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    names: dict[Any, set[str]] = {}
+    for path, _ in leaves:
+        names.setdefault(path[:-1], set()).add(_name(path))
+    nodes = {parent for parent, found in names.items() if {"mean", "var"} <= found}
+    if not nodes:
+        raise ValueError("`tree` holds no statistics: expected a tree with nodes that have `mean` and `var`.")
+    marks = {"mean": 0, "var": -jnp.inf, "count": 0}
+    marked = [
+        jnp.full_like(leaf, marks[_name(path)]) if path[:-1] in nodes and _name(path) in marks else leaf
+        for path, leaf in leaves
+    ]
+    return structure.unflatten(marked)
+
+
+def check_update(state: State, running_var: str) -> None:
+    """What `update` refuses whatever the batch."""
+    _arguments.check_tuple("state", state, State._fields)
+    _arguments.check_state_dtype(state)
+    _arguments.check_running_var(running_var)
+
+
+def _average(kept: jax.Array, old: jax.Array, batch: jax.Array) -> jax.Array:
+    """kept * old + (1 - kept) * batch, written about the nearer end, so that neither loses its last digits."""
+    return jnp.where(kept < 0.5, batch + kept * (old - batch), old + (1 - kept) * (batch - old))
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    """The name of a leaf in its node."""
+    if not path:
+        return ""
+    return str(getattr(path[-1], "name", getattr(path[-1], "key", "")))

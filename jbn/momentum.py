@@ -1,0 +1,186 @@
+"""Momentum schedules: the share of the old running statistics to keep, as a function of the updates made so far."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Schedule = Callable[[Any], Any]
+
+
+def cumulative() -> Schedule:
+    """The plain average of all batches: nothing is left of the start, and every batch weighs the same.
+
+    momentum(t) = t / (t + 1).
+
+    Returns:
+        Schedule from the count of updates so far, an int32 scalar, to a momentum, a float scalar.
+
+    Raises:
+        Nothing.
+
+    Example:
+        >>> schedule = jbn.momentum.cumulative()
+        >>> print(schedule(0), schedule(3))
+        0.0 0.75
+
+    Source:
+        PyTorch, BatchNorm with momentum=None.
+    """
+
+    def schedule(count: Any) -> jax.Array:
+        t = _as_float(count)
+        return t / (t + 1)
+
+    return schedule
+
+
+def warmup(momentum: float) -> Schedule:
+    """The plain average until it holds as many batches as the moving average remembers, then the moving average.
+
+    momentum(t) = min(momentum, t / (t + 1)).
+
+    Args:
+        momentum: share of the old value kept once warm, in [0, 1].
+
+    Returns:
+        Schedule from the count of updates so far, an int32 scalar, to a momentum, a float scalar.
+
+    Raises:
+        ValueError: momentum is not in [0, 1].
+
+    Example:
+        >>> schedule = jbn.momentum.warmup(0.75)
+        >>> print(schedule(0), schedule(1), schedule(100))
+        0.0 0.5 0.75
+
+    Source:
+        Abadi et al., TensorFlow: tf.train.ExponentialMovingAverage with num_updates, which uses (1 + t) / (10 + t).
+    """
+    kept = _checked("momentum", momentum)
+    average = cumulative()
+    return lambda count: jnp.minimum(kept, average(count))
+
+
+def debiased(momentum: float) -> Schedule:
+    """The moving average divided by the weight that it has gathered: nothing is left of the start.
+
+    momentum(t) = m * (1 - m**t) / (1 - m**(t+1)), precise for m near 1.
+
+    Args:
+        momentum: m, in [0, 1].
+
+    Returns:
+        Schedule from the count of updates so far, an int32 scalar, to a momentum, a float scalar.
+
+    Raises:
+        ValueError: momentum is not in [0, 1].
+
+    Example:
+        >>> schedule = jbn.momentum.debiased(0.5)
+        >>> print(f"{schedule(0):.4f} {schedule(1):.4f} {schedule(100):.4f}")
+        0.0000 0.3333 0.5000
+
+    Source:
+        Kingma and Ba, Adam, 2015, section 3.
+    """
+    kept = _checked("momentum", momentum)
+    if kept == 1:
+        return cumulative()
+    if kept == 0:
+        return lambda count: jnp.zeros_like(_as_float(count))
+    log = math.log(kept)
+
+    def schedule(count: Any) -> jax.Array:
+        t = _as_float(count)
+        return kept * jnp.expm1(t * log) / jnp.expm1((t + 1) * log)
+
+    return schedule
+
+
+def per_microbatch(momentum: float, microbatches: int) -> float:
+    """The momentum whose updates, one a microbatch, together keep as much as one update a batch.
+
+    momentum ** (1 / microbatches).
+
+    Args:
+        momentum: share of the old value kept by a whole batch, in [0, 1].
+        microbatches: updates that shall weigh as one, at least 1.
+
+    Returns:
+        The share of the old value to keep at each of them.
+
+    Raises:
+        ValueError: momentum is not in [0, 1], or microbatches is less than 1.
+
+    Example:
+        >>> jbn.momentum.per_microbatch(0.81, 2)
+        0.9
+
+    Source:
+        (momentum ** (1/k)) ** k = momentum.
+    """
+    kept = _checked("momentum", momentum)
+    if microbatches < 1:
+        raise ValueError(f"`microbatches` is {microbatches!r}: expected at least 1.")
+    return kept ** (1 / microbatches)
+
+
+def from_torch(momentum: float | None) -> float | Schedule:
+    """jbn's momentum for PyTorch's, which is the share of the new value, not of the old.
+
+    1 - momentum; None, PyTorch's cumulative average, gives `cumulative()`.
+
+    Args:
+        momentum: PyTorch's `momentum`, in [0, 1], or None.
+
+    Returns:
+        A momentum for `batch_norm`.
+
+    Raises:
+        ValueError: momentum is not in [0, 1].
+
+    Example:
+        >>> jbn.momentum.from_torch(0.1)
+        0.9
+
+    Source:
+        PyTorch, BatchNorm: running = (1 - momentum) * running + momentum * batch.
+    """
+    return cumulative() if momentum is None else 1 - _checked("momentum", momentum)
+
+
+def at(momentum: Any, count: jax.Array, dtype: Any) -> jax.Array:
+    """The momentum of this update, in [0, 1]: concrete numbers are checked, scheduled and traced ones are clipped."""
+    value = momentum(count) if callable(momentum) else momentum
+    if not callable(momentum) and not isinstance(momentum, jax.core.Tracer):
+        value = _checked("momentum", momentum)
+    value = jnp.asarray(value)
+    if value.shape != () or not (jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)):
+        raise ValueError(
+            f"`momentum` gives {value.dtype.name}{list(value.shape)}: expected a number, or a function from the "
+            "count of updates to a scalar."
+        )
+    return jnp.clip(value.astype(dtype), 0, 1)
+
+
+def _checked(name: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"`{name}` is {value!r}: expected a number in [0, 1], or where a schedule is allowed a function "
+            "count -> momentum, such as jbn.momentum.warmup(0.99)."
+        ) from None
+    if not 0 <= number <= 1:
+        raise ValueError(
+            f"`{name}` is {number}: expected a number in [0, 1], the share of the old value to keep. "
+            "PyTorch's momentum is one minus this: see jbn.momentum.from_torch."
+        )
+    return number
+
+
+def _as_float(count: Any) -> jax.Array:
+    return jnp.asarray(count).astype(jnp.result_type(float))

@@ -1,0 +1,28 @@
+"""What rounding allows, by dtype: units of rounding times the condition of the computation."""
+
+import numpy as np
+
+UNIT = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24, "float64": 2.0**-53}
+# A sum of n terms, added pairwise, errs by about log2(n) units; a handful of such sums stands behind each result.
+SUM = 64
+
+
+def allowed(dtype: str, condition: float = 1.0) -> float:
+    """Relative error of a result made of a few sums in `dtype`, whose inputs are amplified by `condition`."""
+    return SUM * UNIT[dtype] * condition
+
+
+def assert_close(actual, expected, dtype: str = "float32", condition: float = 1.0) -> None:
+    """Each entry within the allowed error, relative to itself and to the largest one."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape, (actual.shape, expected.shape)
+    if expected.size:
+        np.testing.assert_allclose(
+            actual, expected, rtol=allowed(dtype, condition), atol=allowed(dtype, condition) * np.max(np.abs(expected))
+        )
+
+
+def assert_rounded(actual, expected, dtype: str, statistics: float = 1e-5) -> None:
+    """Each entry within one rounding of `dtype` and an error of the statistics of it."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    np.testing.assert_allclose(actual, expected, rtol=UNIT[dtype] + statistics, atol=statistics)
