@@ -147,7 +147,7 @@ def normalize(
     affine = _affine(params, axes, x)
     mean, var = (_aligned(vector, axes, x) for vector in (state.mean, state.var))
     running = ShiftedMoments(shift=mean, offset=jnp.zeros_like(mean), var=var, count=jnp.ones((), mean.dtype))
-    closed, captured = closed_activation(activation, x.shape, mean.dtype)
+    closed, captured = closed_activation(activation, x, mask, affine)
     rule = rule._replace(activation=closed)
 
     def apply(x: jax.Array, running: ShiftedMoments, affine: Affine, captured: list[jax.Array]) -> jax.Array:
@@ -194,7 +194,7 @@ def _affine(params: Params, axes: _arguments.Axes, x: jax.Array) -> Affine:
 def _standardized(
     rule: Rule, x: jax.Array, mask: jax.Array | None, affine: Affine, activation: Activation | None
 ) -> tuple[jax.Array, ShiftedMoments]:
-    closed, captured = closed_activation(activation, x.shape, affine.scale.dtype)
+    closed, captured = closed_activation(activation, x, mask, affine)
     return standardize(rule._replace(activation=closed), x, mask, affine, captured)
 
 

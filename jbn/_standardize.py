@@ -105,16 +105,17 @@ def _tangent(
 
 
 def closed_activation(
-    activation: Activation | None, shape: tuple[int, ...], dtype: Any
+    activation: Activation | None, x: jax.Array, mask: jax.Array | None, affine: Affine
 ) -> tuple[Callable[..., jax.Array] | None, list[jax.Array]]:
     """The activation with the values that it captures as arguments, and those values."""
     if activation is None:
         return None, []
-    before = jax.ShapeDtypeStruct(shape, dtype)
+    # By shape evaluation, since the type that the activation meets has a sharding and mapped axes too.
+    before = jax.eval_shape(lambda: _valid(x, mask).astype(affine.scale.dtype) * affine.scale + affine.bias)
     after = jax.eval_shape(activation, before)
-    if getattr(after, "shape", None) != shape or not jnp.issubdtype(after.dtype, jnp.floating):
+    if getattr(after, "shape", None) != x.shape or not jnp.issubdtype(after.dtype, jnp.floating):
         raise ValueError(
-            f"`activation` turns {before.dtype.name}{list(shape)} into {after}: "
+            f"`activation` turns {before.dtype.name}{list(x.shape)} into {after}: "
             "expected an elementwise function, whose result is a float array of the same shape, such as jax.nn.relu."
         )
     return jax.closure_convert(activation, before)

@@ -1,0 +1,1 @@
+"""What `jbn train` runs: a small residual network on handwritten digits, in plain JAX."""

@@ -1,0 +1,43 @@
+"""Scikit-learn's handwritten digits: 1797 real images of 8 x 8 pixels, shipped with the package."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+
+class Examples(NamedTuple):
+    """Images, float32 of shape (n, 8, 8, 1) with values in [0, 1], and labels, int32 of shape (n,)."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+class Digits(NamedTuple):
+    """The training set and the held-out fifth, the same for every seed."""
+
+    train: Examples
+    held_out: Examples
+
+
+def load() -> Digits:
+    """All digits, split in two with the same share of each label."""
+    digits = load_digits()
+    images = np.asarray(digits.images, np.float32)[..., None] / 16
+    labels = np.asarray(digits.target, np.int32)
+    train, held_out, train_labels, held_out_labels = train_test_split(
+        images, labels, test_size=0.2, stratify=labels, random_state=0
+    )
+    return Digits(Examples(train, train_labels), Examples(held_out, held_out_labels))
+
+
+def batches(examples: Examples, size: int, seed: int) -> Iterator[Examples]:
+    """Batches without end, each example once an epoch, in an order fixed by the seed; a short last batch is left out."""
+    rng = np.random.default_rng(seed)
+    while True:
+        order = rng.permutation(len(examples.labels))
+        for start in range(0, len(order) - size + 1, size):
+            chosen = order[start : start + size]
+            yield Examples(examples.images[chosen], examples.labels[chosen])

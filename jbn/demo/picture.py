@@ -1,0 +1,62 @@
+"""The picture of a run: loss, accuracies, and the moving average beside what it should follow."""
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from jbn.demo.loop import CHANNELS, WATCHED, Result
+from jbn.demo.options import Options
+
+
+def draw(folder: Path, options: Options, result: Result) -> Path:
+    """Loss and accuracies by step above, running mean and variance of some channels below."""
+    figure = Figure(figsize=(12, 9), layout="constrained")
+    figure.suptitle(f"jbn train: momentum {options.momentum}, {options.steps} steps of {options.batch_size} examples")
+    grid = figure.add_gridspec(3, CHANNELS)
+    _draw_loss(figure.add_subplot(grid[0, 0]), result)
+    _draw_accuracies(figure.add_subplot(grid[0, 1:]), result)
+    for channel in range(CHANNELS):
+        for row, statistic in enumerate(("mean", "var"), start=1):
+            axes = figure.add_subplot(grid[row, channel])
+            _draw_statistic(axes, result, statistic, channel)
+            axes.set_title(f"{'mean' if statistic == 'mean' else 'variance'} of {WATCHED}, channel {channel}")
+    path = folder / "picture.png"
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def _draw_loss(axes: Any, result: Result) -> None:
+    axes.plot(range(1, len(result.loss) + 1), result.loss, color="C0")
+    axes.set(title="training loss", xlabel="step", ylabel="cross-entropy (nats)", yscale="log")
+
+
+def _draw_accuracies(axes: Any, result: Result) -> None:
+    steps = [look.step for look in result.looks]
+    axes.plot(
+        range(1, len(result.train_accuracy) + 1),
+        result.train_accuracy,
+        color="C0",
+        alpha=0.35,
+        label="training batch, its own statistics",
+    )
+    axes.plot(steps, [look.held_out_batch for look in result.looks], color="C2", label="held out, its own statistics")
+    axes.plot(
+        steps, [look.held_out_running for look in result.looks], color="C3", label="held out, running statistics"
+    )
+    axes.set(title="accuracy", xlabel="step", ylabel="share correct", ylim=(-0.02, 1.02))
+    axes.legend(loc="center right")
+
+
+def _draw_statistic(axes: Any, result: Result, statistic: str, channel: int) -> None:
+    steps = [look.step for look in result.looks]
+    batch = [getattr(look.batch, statistic)[channel] for look in result.looks]
+    running = [getattr(look.running, statistic)[channel] for look in result.looks]
+    axes.plot(steps, batch, ".", color="0.6", label="batches")
+    axes.plot(steps, running, color="C3", label="running")
+    axes.axhline(
+        getattr(result.population, statistic)[channel], color="C2", linestyle="--", label="training set, final weights"
+    )
+    axes.set(xlabel="step")
+    if channel == 0 and statistic == "mean":
+        axes.legend()

@@ -1,0 +1,48 @@
+"""What a run leaves behind: a history that says how it was made, and a checkpoint."""
+
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint
+
+import jbn
+from jbn.demo.loop import Result
+from jbn.demo.options import Options
+
+PACKAGES = ("jax", "jaxlib", "optax", "numpy", "scikit-learn")
+
+
+def write_history(folder: Path, options: Options, result: Result) -> Path:
+    """Every step and look as JSON, with seed, options, versions and device."""
+    history: dict[str, Any] = {
+        "options": options._asdict(),
+        "seed": options.seed,
+        "versions": {
+            "jbn": jbn.__version__,
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in PACKAGES},
+        },
+        "device": [device.device_kind for device in jax.local_devices()[: options.devices]],
+        "loss": result.loss,
+        "train_accuracy": result.train_accuracy,
+        "looks": [
+            {**look._asdict(), "batch": look.batch._asdict(), "running": look.running._asdict()}
+            for look in result.looks
+        ],
+        "population": result.population._asdict(),
+    }
+    path = folder / "history.json"
+    path.write_text(json.dumps(history, indent=1) + "\n")
+    return path
+
+
+def write_checkpoint(folder: Path, result: Result) -> Path:
+    """Parameters, running statistics and the optimizer's memory, by orbax; one from an earlier run is replaced."""
+    path = folder.resolve() / "checkpoint"
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path, result.run._asdict(), force=True)
+    return path

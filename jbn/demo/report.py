@@ -1,0 +1,68 @@
+"""The closing lines of a run: how good it is, what its running statistics hold, and what to do about it."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jbn
+from jbn.demo.loop import Result
+from jbn.demo.options import Options, momentum_from_text
+
+# One standard error of an accuracy of 98% on 360 held-out digits.
+NOTICEABLE = 0.0075
+FORGOTTEN = 0.01
+
+
+class Memory(NamedTuple):
+    """What a moving average is made of after a run: the start's weight, and the mean age of its batches in steps."""
+
+    start: float
+    age: float
+
+
+def memory(momentum: str, steps: int) -> Memory:
+    """The weights of a moving average: the start keeps the product of all momenta, a batch those after its own."""
+    chosen = momentum_from_text(momentum)
+    kept = jax.vmap(lambda count: jbn.momentum.at(chosen, count, jnp.float32))(jnp.arange(steps))
+    left = np.cumprod(np.asarray(kept, np.float64)[::-1])
+    weight = (1 - np.asarray(kept, np.float64)[::-1]) * np.concatenate([[1.0], left[:-1]])
+    gathered = weight.sum()
+    return Memory(start=float(left[-1]), age=float(np.arange(steps) @ weight / gathered) if gathered else 0.0)
+
+
+def closing_lines(options: Options, result: Result) -> list[str]:
+    """Lines that a person can act on."""
+    last = result.looks[-1]
+    held = memory(options.momentum, options.steps)
+    return [
+        f"held-out accuracy   {last.held_out_running:6.1%} with the running statistics (inference)",
+        f"                    {last.held_out_batch:6.1%} with the held-out set's own statistics, as one batch",
+        f"start's weight      {held.start:6.1%} of the running statistics is still the initial mean 0 and variance 1 "
+        f"(momentum {options.momentum}, {options.steps} steps)",
+        f"batches' age        {held.age:6.1f} steps on average: older batches were made by other weights",
+        f"what to do          {_advice(options, result, held)}",
+    ]
+
+
+def _advice(options: Options, result: Result, held: Memory) -> str:
+    last = result.looks[-1]
+    if not math.isfinite(last.loss):
+        return "The loss is not finite: lower --learning-rate."
+    if last.held_out_batch - last.held_out_running <= NOTICEABLE:
+        return "Nothing: inference keeps what training reached."
+    faster = f"forget them faster with --momentum {_suggested(options.steps):.3g}, or train for more steps."
+    if held.start <= FORGOTTEN:
+        return f"Nothing is left of the start; what remains is early batches, which other weights made: {faster}"
+    number = options.momentum.rpartition(":")[2]
+    return (
+        "The network is trained, its running statistics are not: training never sees them, inference depends on "
+        f"nothing else. Remove the start's weight with --momentum warmup:{number}. Early batches remain: {faster}"
+    )
+
+
+def _suggested(steps: int) -> float:
+    """A momentum that remembers about a tenth of the run."""
+    return 1 - min(1.0, 10 / steps)

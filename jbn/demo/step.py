@@ -1,0 +1,73 @@
+"""The training step over all devices, and the evaluations, each one compiled program."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, PartitionSpec
+
+import jbn
+from jbn.demo import model
+from jbn.demo.data import Examples
+
+AXIS = "devices"
+
+
+class Run(NamedTuple):
+    """All that a step changes: parameters, running statistics, and the optimizer's memory."""
+
+    params: model.Tree
+    state: model.Tree
+    optimizer: optax.OptState
+
+
+class Metrics(NamedTuple):
+    """Mean loss and accuracy of a batch."""
+
+    loss: jax.Array
+    accuracy: jax.Array
+
+
+Step = Callable[[Run, Examples], tuple[Run, Metrics]]
+
+
+def make_step(mesh: Mesh, optimizer: optax.GradientTransformation, **norm_options: Any) -> Step:
+    """One optimizer step on a batch that is split over the devices of the mesh, with statistics shared over them."""
+    norm = functools.partial(jbn.batch_norm, axis_name=AXIS, **norm_options)
+
+    def loss(params: model.Tree, state: model.Tree, batch: Examples) -> tuple[jax.Array, Any]:
+        logits, new_state = model.apply(params, state, batch.images, True, norm)
+        metrics = jax.lax.pmean(_metrics(logits, batch.labels), AXIS)
+        return metrics.loss, (new_state, metrics)
+
+    @chex.assert_max_traces(n=1)
+    def step(run: Run, batch: Examples) -> tuple[Run, Metrics]:
+        gradients, (state, metrics) = jax.grad(loss, has_aux=True)(run.params, run.state, batch)
+        updates, memory = optimizer.update(gradients, run.optimizer, run.params)
+        return Run(optax.apply_updates(run.params, updates), state, memory), metrics
+
+    everywhere, split = PartitionSpec(), PartitionSpec(AXIS)
+    sharded = jax.shard_map(step, mesh=mesh, in_specs=(everywhere, split), out_specs=everywhere)
+    return jax.jit(sharded, donate_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnames="train")
+def evaluate(params: model.Tree, state: model.Tree, examples: Examples, *, train: bool) -> Metrics:
+    """Loss and accuracy with the running statistics, or with those of the examples themselves as one batch."""
+    logits, _ = model.apply(params, state, examples.images, train, jbn.batch_norm)
+    return _metrics(logits, examples.labels)
+
+
+@jax.jit
+def batch_statistics(params: model.Tree, state: model.Tree, images: jax.Array) -> model.Tree:
+    """Each norm's own mean and variance of this one batch: what unset statistics take over whole."""
+    return model.apply(params, jbn.unset(state), images, True, jbn.batch_norm)[1]
+
+
+def _metrics(logits: jax.Array, labels: jax.Array) -> Metrics:
+    loss = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+    return Metrics(loss, jnp.mean(jnp.argmax(logits, axis=-1) == labels))
