@@ -141,8 +141,10 @@ def shifted_moments(
     else:
         repeats = math.prod(x.shape[axis] for axis in reduced if mask.shape[axis] == 1)
         count = jnp.sum(mask, axis=reduced, keepdims=True, dtype=jnp.int32).astype(dtype) * repeats
-    shift = jax.lax.stop_gradient(_shift(x, mask, reduced)).astype(dtype)
-    centered = (x.astype(dtype) if mask is None else jnp.where(mask, x.astype(dtype), shift)) - shift
+    shift = jax.lax.stop_gradient(_shift(x, mask, reduced))
+    x = x if mask is None else jnp.where(mask, x, shift)
+    shift = shift.astype(dtype)
+    centered = x.astype(dtype) - shift
     divisor = jnp.maximum(count, 1)
     offset = jnp.sum(centered, axis=reduced, keepdims=True) / divisor
     mean_square = jnp.sum(centered * centered, axis=reduced, keepdims=True) / divisor
@@ -185,11 +187,11 @@ def no_moments(x: jax.Array, features: tuple[int, ...]) -> Moments:
 def _shift(x: jax.Array, mask: jax.Array | None, reduced: tuple[int, ...]) -> jax.Array:
     """A value of the data near each feature's mean: the median of three rows, since one row alone may be an outlier."""
     if not reduced:
-        return x if mask is None else jnp.where(mask, x, 0)
+        return x if mask is None else jnp.where(mask, x, jnp.zeros((), x.dtype))
     if mask is None:
         return _median_of_three(*_leading_rows(x, reduced))
     any_valid = jnp.any(mask, axis=reduced, keepdims=True)
-    return jnp.where(any_valid, _median_of_three(*_valid_rows(x, mask, reduced)), 0)
+    return jnp.where(any_valid, _median_of_three(*_valid_rows(x, mask, reduced)), jnp.zeros((), x.dtype))
 
 
 def _median_of_three(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:

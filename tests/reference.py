@@ -45,7 +45,7 @@ def batch_norm(x, scale=None, bias=None, cotangent=None, *, feature_axis=-1, mas
     x = np.where(valid, x, 0)
     x, back = rows(x, feature)
     w = rows(valid.astype(np.float64), feature)[0]
-    n = w.reshape(len(w), -1)[:, 0].sum()
+    n = w[(slice(None),) + (0,) * (w.ndim - 1)].sum()
     divisor = max(n, 1)
     scale = np.ones(x.shape[1:]) if scale is None else np.asarray(scale, np.float64)
     bias = np.zeros(x.shape[1:]) if bias is None else np.asarray(bias, np.float64)

@@ -4,6 +4,7 @@ One step at a time from common states: every peer loads jbn's state before each 
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,21 +19,24 @@ import jbn
 
 pytestmark = pytest.mark.peers
 
-STEPS = 10
 
+class Options(NamedTuple):
+    """What a program is compiled for, as jbn.batch_norm takes it."""
 
-class Call(NamedTuple):
-    """One call of a layer: what it is given, and the cotangent of its output."""
-
-    params: jbn.Params
-    state: jbn.State
-    x: np.ndarray
-    cotangent: np.ndarray
     train: bool
     momentum: float
     epsilon: float
     feature_axis: int
-    mask: np.ndarray | None = None
+
+
+class Call(NamedTuple):
+    """What a layer is given, and the cotangent of its output."""
+
+    params: jbn.Params
+    state: jbn.State
+    x: Any
+    mask: Any
+    cotangent: Any
 
 
 class Result(NamedTuple):
@@ -48,78 +52,57 @@ def installed(name):
     return pytest.importorskip(name, reason=f"{name} is not installed: pip install -e '.[peers]'")
 
 
-def differentiated(forward, call):
-    """The result of forward(params, x) -> out, (mean, var)."""
-    out, pullback, (mean, var) = jax.vjp(forward, call.params, jnp.asarray(call.x), has_aux=True)
-    dparams, dx = pullback(jnp.asarray(call.cotangent))
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def differentiated(layer, options, call):
+    """The result of layer(options, call) -> out, (mean, var)."""
+
+    def forward(params, x):
+        return layer(options, call._replace(params=params, x=x))
+
+    out, pullback, (mean, var) = jax.vjp(forward, call.params, call.x, has_aux=True)
+    dparams, dx = pullback(call.cotangent)
     return Result(out, mean, var, dx, dparams.scale, dparams.bias)
 
 
-def jbn_call(call, momentum, running_var="biased"):
-    options = dict(momentum=momentum, epsilon=call.epsilon, feature_axis=call.feature_axis, running_var=running_var)
-
-    def forward(params, x):
-        out, state = jbn.batch_norm(params, call.state, x, call.train, mask=call.mask, **options)
-        return out, (state.mean, state.var)
-
-    return differentiated(forward, call)
+def as_it_is(momentum):
+    return momentum
 
 
-def flax_call(call):
-    layer = linen.BatchNorm(
-        use_running_average=not call.train, axis=call.feature_axis, momentum=call.momentum, epsilon=call.epsilon
-    )
-    mask = None if call.mask is None else np.expand_dims(call.mask, call.feature_axis)
-
-    def forward(params, x):
-        running = {"mean": call.state.mean, "var": call.state.var}
-        variables = {"params": params._asdict(), "batch_stats": running}
-        out, updates = layer.apply(variables, x, mask=mask, mutable=["batch_stats"])
-        return out, (updates["batch_stats"]["mean"], updates["batch_stats"]["var"])
-
-    return differentiated(forward, call)
+def jbn_layer(conventions, call):
+    options, momentum, running_var = conventions
+    given = options._replace(momentum=momentum(options.momentum))._asdict()
+    out, state = jbn.batch_norm(call.params, call.state, call.x, mask=call.mask, running_var=running_var, **given)
+    return out, (state.mean, state.var)
 
 
-def keras_call(call):
+def jbn_result(options, call, momentum=as_it_is, running_var="biased"):
+    return differentiated(jbn_layer, (options, momentum, running_var), call)
+
+
+def flax_layer(options, call):
+    layer = linen.BatchNorm(not options.train, options.feature_axis, options.momentum, options.epsilon)
+    running = {"mean": call.state.mean, "var": call.state.var}
+    variables = {"params": call.params._asdict(), "batch_stats": running}
+    mask = None if call.mask is None else jnp.expand_dims(call.mask, options.feature_axis)
+    out, updates = layer.apply(variables, call.x, mask=mask, mutable=["batch_stats"])
+    return out, (updates["batch_stats"]["mean"], updates["batch_stats"]["var"])
+
+
+def keras_layer(options, call):
     keras = installed("keras")
     assert keras.backend.backend() == "jax"
-    layer = keras.layers.BatchNormalization(axis=call.feature_axis, momentum=call.momentum, epsilon=call.epsilon)
+    layer = keras.layers.BatchNormalization(options.feature_axis, options.momentum, options.epsilon)
     layer.build(call.x.shape)
-
-    def forward(params, x):
-        running = [call.state.mean, call.state.var]
-        mask = None if call.mask is None else jnp.asarray(call.mask)
-        return layer.stateless_call([*params], running, x, training=call.train, mask=mask)
-
-    return differentiated(forward, call)
+    running = [call.state.mean, call.state.var]
+    return layer.stateless_call([*call.params], running, call.x, training=options.train, mask=call.mask)
 
 
-def torch_call(call, cumulative=False):
-    torch = installed("torch")
-    kinds = {2: torch.nn.BatchNorm1d, 3: torch.nn.BatchNorm1d, 4: torch.nn.BatchNorm2d, 5: torch.nn.BatchNorm3d}
-    momentum = None if cumulative else 1 - call.momentum
-    layer = kinds[call.x.ndim](call.x.shape[1], eps=call.epsilon, momentum=momentum).train(call.train)
-    values = {
-        "weight": call.params.scale,
-        "bias": call.params.bias,
-        "running_mean": call.state.mean,
-        "running_var": call.state.var,
-        "num_batches_tracked": call.state.count,
-    }
-    layer.load_state_dict({name: torch.tensor(np.array(value)) for name, value in values.items()})
-    x = torch.tensor(call.x, requires_grad=True)
-    out = layer(x)
-    out.backward(torch.tensor(call.cotangent))
-    result = (out.detach(), layer.running_mean, layer.running_var, x.grad, layer.weight.grad, layer.bias.grad)
-    return Result(*(tensor.numpy() for tensor in result))
-
-
-def haiku_call(call):
+def haiku_layer(options, call):
     haiku = installed("haiku")
-    channels_last = call.feature_axis == -1
+    channels_last = options.feature_axis == -1
     reduced = [0, *(range(1, call.x.ndim - 1) if channels_last else range(2, call.x.ndim))]
-    # Haiku remembers the average from 0 and divides it by the weight it has gathered, as jbn.momentum.debiased does.
-    weight = 1 - call.momentum ** int(call.state.count)
+    # Haiku averages from 0 and divides by the weight gathered so far, which jbn.momentum.debiased does step by step.
+    weight = -jnp.expm1(call.state.count * math.log(options.momentum))
 
     def average(value):
         value = jnp.expand_dims(value, reduced)
@@ -127,33 +110,41 @@ def haiku_call(call):
 
     def layer(x):
         data_format = "N...C" if channels_last else "NC..."
-        norm = haiku.BatchNorm(True, True, call.momentum, call.epsilon, data_format=data_format, name="norm")
-        return norm(x, is_training=call.train)
+        norm = haiku.BatchNorm(True, True, options.momentum, options.epsilon, data_format=data_format, name="norm")
+        return norm(x, is_training=options.train)
 
-    def forward(params, x):
-        scale, offset = (jnp.expand_dims(vector, reduced) for vector in params)
-        running = {"norm/~/mean_ema": average(call.state.mean), "norm/~/var_ema": average(call.state.var)}
-        apply = haiku.transform_with_state(layer).apply
-        out, running = apply({"norm": {"scale": scale, "offset": offset}}, running, None, x)
-        return out, tuple(jnp.squeeze(running[f"norm/~/{name}_ema"]["average"], reduced) for name in ("mean", "var"))
-
-    return differentiated(forward, call)
+    scale, offset = (jnp.expand_dims(vector, reduced) for vector in call.params)
+    running = {"norm/~/mean_ema": average(call.state.mean), "norm/~/var_ema": average(call.state.var)}
+    apply = haiku.transform_with_state(layer).apply
+    out, running = apply({"norm": {"scale": scale, "offset": offset}}, running, None, call.x)
+    return out, tuple(jnp.squeeze(running[f"norm/~/{name}_ema"]["average"], reduced) for name in ("mean", "var"))
 
 
-def equinox_call(call):
+def equinox_layer(options, call):
     equinox = installed("equinox")
-    features = call.x.shape[call.feature_axis]
-    options = dict(axis_name="batch", eps=call.epsilon, momentum=call.momentum, inference=not call.train)
-    layer = equinox.nn.BatchNorm(features, mode="batch", **options)
-    # At counter 0 inference takes the statistics as they are; later ones it divides by a weight that is wrong for var.
+    layer = equinox.nn.BatchNorm(
+        call.state.mean.size, "batch", options.epsilon, True, options.momentum, not options.train, mode="batch"
+    )
+    # At counter 0 inference takes the statistics as they are; later it divides by a weight that is wrong for variances.
     state = equinox.nn.State(layer).set(layer.batch_state_index, (call.state.mean, call.state.var))
+    loaded = equinox.tree_at(lambda layer: (layer.weight, layer.bias), layer, tuple(call.params))
+    out, state = jax.vmap(loaded, axis_name="batch", in_axes=(0, None), out_axes=(0, None))(call.x, state)
+    return out, state.get(layer.batch_state_index)
 
-    def forward(params, x):
-        loaded = equinox.tree_at(lambda layer: (layer.weight, layer.bias), layer, tuple(params))
-        out, new = jax.vmap(loaded, axis_name="batch", in_axes=(0, None), out_axes=(0, None))(x, state)
-        return out, new.get(layer.batch_state_index)
 
-    return differentiated(forward, call)
+def torch_result(options, call, cumulative=False):
+    torch = installed("torch")
+    kinds = {2: torch.nn.BatchNorm1d, 3: torch.nn.BatchNorm1d, 4: torch.nn.BatchNorm2d, 5: torch.nn.BatchNorm3d}
+    momentum = None if cumulative else 1 - options.momentum
+    layer = kinds[call.x.ndim](call.x.shape[1], options.epsilon, momentum).train(options.train)
+    names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    values = (torch.tensor(np.array(value)) for value in (*call.params, *call.state))
+    layer.load_state_dict(dict(zip(names, values, strict=True)))
+    x = torch.tensor(call.x, requires_grad=True)
+    out = layer(x)
+    out.backward(torch.tensor(call.cotangent))
+    result = (out.detach(), layer.running_mean, layer.running_var, x.grad, layer.weight.grad, layer.bias.grad)
+    return Result(*(tensor.numpy() for tensor in result))
 
 
 class Peer(NamedTuple):
@@ -163,138 +154,120 @@ class Peer(NamedTuple):
     1 where the mean is rounded before it is subtracted.
     """
 
-    call: Callable[[Call], Result]
+    result: Callable[[Options, Call], Result]
+    layouts: str
     power: int
-    momentum: Callable[[float], Any] = lambda momentum: momentum
+    momentum: Callable[[float], Any] = as_it_is
     running_var: str = "biased"
 
+    def ours(self, options, call):
+        return jbn_result(options, call, self.momentum, self.running_var)
 
+
+def from_torch(momentum):
+    return jbn.momentum.from_torch(1 - momentum)
+
+
+def from_cumulative_torch(_):
+    return jbn.momentum.from_torch(None)
+
+
+cumulative_torch_result = functools.partial(torch_result, cumulative=True)
 PEERS = {
-    "flax": Peer(flax_call, power=2),
-    "keras": Peer(keras_call, power=1),
-    "torch": Peer(torch_call, 1, lambda momentum: jbn.momentum.from_torch(1 - momentum), "unbiased"),
-    "torch-cumulative": Peer(
-        functools.partial(torch_call, cumulative=True), 1, lambda _: jbn.momentum.from_torch(None), "unbiased"
-    ),
-    "haiku": Peer(haiku_call, power=2, momentum=jbn.momentum.debiased),
-    "equinox": Peer(equinox_call, power=1),
+    "flax": Peer(functools.partial(differentiated, flax_layer), "NC NHWC NCHW", 2),
+    "keras": Peer(functools.partial(differentiated, keras_layer), "NC NHWC NCHW", 1),
+    "haiku": Peer(functools.partial(differentiated, haiku_layer), "NC NHWC NCHW", 2, jbn.momentum.debiased),
+    "equinox": Peer(functools.partial(differentiated, equinox_layer), "NC NCHW", 1),
+    "torch": Peer(torch_result, "NC NCW NCHW NCDHW", 1, from_torch, "unbiased"),
+    "torch-cumulative": Peer(cumulative_torch_result, "NC NCHW", 1, from_cumulative_torch, "unbiased"),
 }
-LAYOUTS = [
-    ("flax", "NC"),
-    ("flax", "NHWC"),
-    ("flax", "NCHW"),
-    ("keras", "NC"),
-    ("keras", "NHWC"),
-    ("keras", "NCHW"),
-    ("torch", "NC"),
-    ("torch", "NCW"),
-    ("torch", "NCHW"),
-    ("torch", "NCDHW"),
-    ("torch-cumulative", "NC"),
-    ("haiku", "NC"),
-    ("haiku", "NHWC"),
-    ("haiku", "NCHW"),
-    ("equinox", "NC"),
-    ("equinox", "NCHW"),
-]
+peers_and_layouts = pytest.mark.parametrize(
+    ("name", "layout"), [(name, layout) for name, peer in PEERS.items() for layout in peer.layouts.split()]
+)
 SIZES = {"C": 5, "D": 2, "H": 3, "W": 4}
-# Few sizes, since every operation is compiled for each; no fewer than six valid values, since the gradient of x cancels
-# to nothing as their number comes near two.
-BATCH_SIZES = {2: [9, 17, 40]}
-SPATIAL_BATCH_SIZES = [2, 5]
+# Rows, momentum and epsilon of the steps in turn; few, since each is compiled. Four rows are the least, since the
+# gradient of x cancels to nothing for two.
+BATCHES = [(9, 0.2, 1e-3), (17, 0.9, 1e-3), (40, 0.99, 1e-5)]
 
 
-def per_feature(vector, layout):
-    """A vector with the rank of the layout."""
-    return np.expand_dims(vector, [axis for axis, name in enumerate(layout) if name != "C"])
-
-
-def random_call(rng, layout, state, train, masked=False):
-    """A call on a batch of its own size, scale and mean, with a momentum, an epsilon and params of its own."""
-    batch_sizes = BATCH_SIZES.get(len(layout), SPATIAL_BATCH_SIZES)
-    shape = [int(rng.choice(batch_sizes)), *(SIZES[name] for name in layout[1:])]
+def options_and_call(rng, layout, state, step, train=True, masked=False):
+    """A batch with a size, scale and mean of its own, for params, a momentum and an epsilon of its own."""
+    batches = BATCHES if layout == "NC" else BATCHES[::2]
+    rows, momentum, epsilon = batches[step % len(batches)]
+    sizes = SIZES | {"N": rows if layout == "NC" else rows // 8}
     spread = 10 ** rng.uniform(-1, 1) * rng.uniform(0.5, 2, SIZES["C"])
     center = spread * rng.uniform(-3, 3, SIZES["C"])
-    x = per_feature(center, layout) + per_feature(spread, layout) * rng.normal(size=shape)
+    x = rng.normal(center, spread, [sizes[axis] for axis in layout.replace("C", "") + "C"])
     mask = None
     if masked:
-        rows = int(np.prod(shape[:-1]))
-        mask = (rng.permutation(rows) < 0.7 * rows).reshape(shape[:-1])
+        mask = (rng.permutation(x[..., 0].size) < 0.7 * x[..., 0].size).reshape(x.shape[:-1])
         x = np.where(mask[..., None], x, 10 * x)
-    scale, bias = rng.normal(size=(2, SIZES["C"])).astype(np.float32)
-    return Call(
-        params=jbn.Params(jnp.asarray(scale), jnp.asarray(bias)),
-        state=state,
-        x=x.astype(np.float32),
-        cotangent=rng.normal(size=shape).astype(np.float32),
-        train=train,
-        momentum=float(rng.choice([0.99, 0.9, 0.7, 0.2])),
-        epsilon=float(rng.choice([1e-5, 1e-3])),
-        feature_axis=layout.index("C") - (len(layout) if layout[-1] == "C" else 0),
-        mask=mask,
-    )
+    x = np.moveaxis(x, -1, layout.index("C")).astype(np.float32)
+    params = jbn.Params(*rng.normal(size=(2, SIZES["C"])).astype(np.float32))
+    cotangent = rng.normal(size=x.shape).astype(np.float32)
+    options = Options(train, momentum, epsilon, feature_axis=-1 if layout[-1] == "C" else 1)
+    return options, Call(params, state, x, mask, cotangent)
 
 
-def condition(call, power):
+def condition(options, call, power):
     """1 + (mean / sd) ** power of the statistics that the call normalizes by."""
     mean, var = (np.asarray(value, np.float64) for value in call.state[:2])
-    if call.train:
-        rows = np.moveaxis(call.x, call.feature_axis, -1)
+    if options.train:
+        rows = np.moveaxis(call.x, options.feature_axis, -1)
         rows = rows.reshape(-1, rows.shape[-1]) if call.mask is None else rows[call.mask]
         mean, var = np.mean(rows, 0, np.float64), np.var(rows, 0, np.float64)
     return 1 + np.max(mean**2 / var) ** (power / 2)
 
 
+def ten_steps(rng, layout, ours, state=None, masked=False):
+    """Each step's options and call, and jbn's result, whose state the next call starts from."""
+    state = jbn.init(SIZES["C"])[1] if state is None else state
+    for step in range(10):
+        options, call = options_and_call(rng, layout, state, step, masked=masked)
+        result = ours(options, call)
+        yield options, call, result
+        state = jbn.State(result.mean, result.var, jnp.int32(step + 1))
+
+
 def assert_equal(ours, theirs, condition):
-    for field in Result._fields:
+    for field in theirs._fields:
         try:
             assert_close(getattr(ours, field), getattr(theirs, field), condition=condition)
         except AssertionError as error:
-            error.add_note(f"of {field}, allowed a condition of {condition:.1f}")
+            error.add_note(f"{field}, allowed a condition of {condition:.1f}")
             raise
 
 
-@pytest.mark.parametrize(("name", "layout"), LAYOUTS, ids=lambda part: part)
+@peers_and_layouts
 def test_ten_steps_equal_the_peer(rng, name, layout):
     peer = PEERS[name]
-    _, state = jbn.init(SIZES["C"])
-    for step in range(STEPS):
-        call = random_call(rng, layout, state, train=True)
-        ours = jbn_call(call, peer.momentum(call.momentum), peer.running_var)
-        assert_equal(ours, peer.call(call), condition(call, peer.power))
-        state = jbn.State(ours.mean, ours.var, jnp.int32(step + 1))
+    for options, call, ours in ten_steps(rng, layout, peer.ours):
+        assert_equal(ours, peer.result(options, call), condition(options, call, peer.power))
 
 
-@pytest.mark.parametrize(("name", "layout"), LAYOUTS, ids=lambda part: part)
+@peers_and_layouts
 def test_inference_equals_the_peer(rng, name, layout):
+    peer = PEERS[name]
     mean, var = rng.uniform(-3, 3, SIZES["C"]), rng.uniform(0.5, 4, SIZES["C"])
     state = jbn.State(jnp.asarray(mean, jnp.float32), jnp.asarray(var, jnp.float32), jnp.int32(7))
-    call = random_call(rng, layout, state, train=False)
-    peer = PEERS[name]
-    ours = jbn_call(call, peer.momentum(call.momentum), peer.running_var)
-    assert_equal(ours, peer.call(call), condition(call, power=1))
-    np.testing.assert_array_equal(ours.mean, state.mean)
-    np.testing.assert_array_equal(ours.var, state.var)
+    options, call = options_and_call(rng, layout, state, step=0, train=False)
+    assert_equal(peer.ours(options, call), peer.result(options, call), condition(options, call, power=1))
 
 
 @pytest.mark.parametrize("name", ["flax", "keras"])
 @pytest.mark.parametrize("layout", ["NC", "NHWC"])
 def test_ten_masked_steps_equal_the_peer_on_valid_rows(rng, name, layout):
     peer = PEERS[name]
-    _, state = jbn.init(SIZES["C"])
-    for step in range(STEPS):
-        call = random_call(rng, layout, state, train=True, masked=True)
-        valid = call.mask[..., None]
-        ours = jbn_call(call, call.momentum)
+    for options, call, ours in ten_steps(rng, layout, peer.ours, masked=True):
         # The peer normalizes masked rows too; without a cotangent there, its gradients are those of the valid rows.
-        theirs = peer.call(call._replace(cotangent=np.where(valid, call.cotangent, 0)))
+        valid = call.mask[..., None]
+        theirs = peer.result(options, call._replace(cotangent=np.where(valid, call.cotangent, np.float32(0))))
         theirs = theirs._replace(out=np.where(valid, theirs.out, 0))
-        assert_equal(ours, theirs, condition(call, peer.power))
-        state = jbn.State(ours.mean, ours.var, jnp.int32(step + 1))
+        assert_equal(ours, theirs, condition(options, call, peer.power))
 
 
 def article_forward(x, gamma, beta, moving_mean, moving_var, momentum, eps, training):
-    """NumPy, as the article on moving averages has it."""
+    """In NumPy, as the article on moving averages has it."""
     mean, var = moving_mean, moving_var
     if training:
         mean, var = np.mean(x, axis=0), np.var(x, axis=0)
@@ -306,32 +279,27 @@ def article_forward(x, gamma, beta, moving_mean, moving_var, momentum, eps, trai
 
 def test_ten_steps_equal_the_article(rng):
     moving_mean, moving_var = np.zeros(SIZES["C"]), np.ones(SIZES["C"])
-    _, state = jbn.init(SIZES["C"])
-    for _ in range(STEPS):
-        call = random_call(rng, "NC", state, train=True)
-        given = call.x.astype(np.float64), *(np.asarray(vector, np.float64) for vector in call.params)
-        options = dict(momentum=call.momentum, epsilon=call.epsilon)
-        out, state = jbn.batch_norm(call.params, state, call.x, True, **options)
-        at_inference, _ = jbn.batch_norm(call.params, state, call.x, False, **options)
-        expected, moving_mean, moving_var = article_forward(
-            *given, moving_mean, moving_var, call.momentum, call.epsilon, training=True
-        )
-        assert_close(out, expected)
-        assert_close(state.mean, moving_mean)
-        assert_close(state.var, moving_var)
-        expected, *_ = article_forward(*given, moving_mean, moving_var, call.momentum, call.epsilon, training=False)
-        assert_close(at_inference, expected, condition=condition(call._replace(state=state, train=False), power=1))
+    for options, call, ours in ten_steps(rng, "NC", jbn_result):
+        inputs = [np.asarray(array, np.float64) for array in (call.x, *call.params)]
+        article = functools.partial(article_forward, *inputs, momentum=options.momentum, eps=options.epsilon)
+        out, moving_mean, moving_var = article(moving_mean, moving_var, training=True)
+        for actual, expected in zip(ours[:3], (out, moving_mean, moving_var), strict=True):
+            assert_close(actual, expected)
+        options = options._replace(train=False)
+        call = call._replace(state=jbn.State(ours.mean, ours.var, call.state.count + 1))
+        out, *_ = article(moving_mean, moving_var, training=False)
+        assert_close(jbn_result(options, call).out, out, condition=condition(options, call, power=1))
 
 
 def test_an_unset_start_is_that_of_equinox_in_ema_mode(rng):
     equinox = installed("equinox")
-    layer = equinox.nn.BatchNorm(SIZES["C"], "batch", mode="ema", momentum=0.9)
+    layer = equinox.nn.BatchNorm(SIZES["C"], "batch", momentum=0.9, mode="ema")
+    step = jax.jit(jax.vmap(layer, axis_name="batch", in_axes=(0, None), out_axes=(0, None)))
     theirs = equinox.nn.State(layer)
-    params, state = jbn.init(SIZES["C"])
-    state = jbn.unset(state)
-    for _ in range(STEPS):
-        call = random_call(rng, "NC", state, train=True)
-        _, state = jbn.batch_norm(params, state, call.x, True, momentum=0.9)
-        _, theirs = jax.vmap(layer, axis_name="batch", in_axes=(0, None), out_axes=(0, None))(call.x, theirs)
-        for ours, expected in zip(state[:2], theirs.get(layer.ema_state_index), strict=True):
-            assert_close(ours, expected, condition=condition(call, power=1))
+    unset = jbn.unset(jbn.init(SIZES["C"])[1])
+    jbn_step = functools.partial(jbn_result, momentum=lambda _: 0.9)
+    for options, call, ours in ten_steps(rng, "NC", jbn_step, unset):
+        # In this mode Equinox normalizes by the running statistics even in training, so only these are compared.
+        _, theirs = step(call.x, theirs)
+        for actual, expected in zip((ours.mean, ours.var), theirs.get(layer.ema_state_index), strict=True):
+            assert_close(actual, expected, condition=condition(options, call, power=1))

@@ -12,14 +12,14 @@ def allowed(dtype: str, condition: float = 1.0) -> float:
     return SUM * UNIT[dtype] * condition
 
 
-def assert_close(actual, expected, dtype: str = "float32", condition: float = 1.0) -> None:
-    """Each entry within the allowed error, relative to itself and to the largest one."""
+def assert_close(actual, expected, dtype: str = "float32", condition: float = 1.0, scale: float = 0.0) -> None:
+    """Each entry within the allowed error, relative to itself and to the largest term: an entry, or `scale`."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
     if expected.size:
-        np.testing.assert_allclose(
-            actual, expected, rtol=allowed(dtype, condition), atol=allowed(dtype, condition) * np.max(np.abs(expected))
-        )
+        bound = allowed(dtype, condition)
+        largest = max(np.max(np.abs(expected)), scale)
+        np.testing.assert_allclose(actual, expected, rtol=bound, atol=bound * largest)
 
 
 def assert_rounded(actual, expected, dtype: str, statistics: float = 1e-5) -> None:

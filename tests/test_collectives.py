@@ -1,0 +1,217 @@
+"""Statistics shared over devices and lanes equal those of the whole batch on one device."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from tolerances import assert_close
+
+import jbn
+
+DEVICES = 8
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return Mesh(np.array(jax.devices()[:DEVICES]), ("devices",))
+
+
+def whole(params, state, x, mask, cotangent, axis_name=None, **options):
+    """Output, new state, and the gradients of x and of params of this shard's share of the loss."""
+
+    def forward(params, x):
+        return jbn.batch_norm(params, state, x, True, momentum=0.5, mask=mask, axis_name=axis_name, **options)
+
+    out, backward, new_state = jax.vjp(forward, params, x, has_aux=True)
+    return out, new_state, *backward(cotangent)
+
+
+def under_shard_map(mesh, check_vma):
+    def run(params, state, x, mask, cotangent, **options):
+        function = functools.partial(whole, axis_name="devices", **options)
+        if not check_vma:  # each device then holds the gradient of its own share, to be summed by hand
+
+            def summed(*args):
+                out, new_state, gradients, dx = function(*args)
+                return out, new_state, jax.lax.psum(gradients, "devices"), dx
+
+            return jax.jit(jax.shard_map(summed, mesh=mesh, in_specs=SPECS, out_specs=OUT_SPECS, check_vma=False))(
+                params, state, x, mask, cotangent
+            )
+        return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=SPECS, out_specs=OUT_SPECS))(
+            params, state, x, mask, cotangent
+        )
+
+    return run
+
+
+SPECS = (P(), P(), P("devices"), P("devices"), P("devices"))
+OUT_SPECS = (P("devices"), P(), P(), P("devices"))
+
+
+def under_map(transform):
+    def run(params, state, x, mask, cotangent, **options):
+        def cut(array):
+            return None if array is None else array.reshape(DEVICES, -1, *array.shape[1:])
+
+        function = functools.partial(whole, axis_name="devices", **options)
+        out, new_state, gradients, dx = transform(function, axis_name="devices", in_axes=(None, None, 0, 0, 0))(
+            params, state, cut(x), cut(mask), cut(cotangent)
+        )
+        first = jax.tree.map(lambda leaf: leaf[0], new_state)
+        for leaf, expected in zip(jax.tree.leaves(new_state), jax.tree.leaves(first), strict=True):
+            np.testing.assert_array_equal(leaf, np.broadcast_to(expected, leaf.shape))
+        gradients = jax.tree.map(lambda leaf: leaf.sum(0), gradients)
+        return out.reshape(x.shape), first, gradients, dx.reshape(x.shape)
+
+    return run
+
+
+def under_jit(mesh):
+    def run(params, state, x, mask, cotangent, **options):
+        split = NamedSharding(mesh, P("devices"))
+        x, mask, cotangent = jax.device_put((x, mask, cotangent), split)
+        return jax.jit(functools.partial(whole, **options))(params, state, x, mask, cotangent)
+
+    return run
+
+
+TRANSFORMS = {
+    "shard_map": lambda mesh: under_shard_map(mesh, check_vma=True),
+    "shard_map, unchecked": lambda mesh: under_shard_map(mesh, check_vma=False),
+    "pmap": lambda mesh: under_map(jax.pmap),
+    "vmap": lambda mesh: under_map(jax.vmap),
+    "jit of a sharded batch": under_jit,
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("valid", ["all", "uneven", "an empty shard", "nothing"])
+@pytest.mark.parametrize("center", [3, 1e4])
+def test_sharded_equals_whole(mesh, rng, transform, valid, center):
+    x = (rng.normal(size=(4 * DEVICES, 5, 3)) + center + np.arange(4 * DEVICES)[:, None, None]).astype(np.float32)
+    cotangent = rng.normal(size=x.shape).astype(np.float32)
+    mask = None if valid == "all" else rng.random((4 * DEVICES, 5)) < 0.3
+    if valid == "an empty shard":
+        mask[:4] = mask[-4:] = False
+    if valid == "nothing":
+        mask[:] = False
+    if mask is not None:
+        x[~mask] = np.nan
+    params = jbn.Params(*(rng.normal(size=3).astype(np.float32) for _ in range(2)))
+    _, state = jbn.init(3)
+    expected = reference.batch_norm(x, *params, cotangent, mask=mask)
+    out, new_state, gradients, dx = transform(mesh)(params, state, x, mask, cotangent)
+    assert int(new_state.count) == (valid != "nothing")
+    mean, var = (np.zeros(3), np.ones(3)) if valid == "nothing" else reference.update(0, 1, expected, 0.5)
+    assert_close(new_state.mean, mean)
+    assert_close(new_state.var, var)
+    assert_close(out, expected.out, scale=5)
+    assert_close(dx, expected.dx, scale=5)
+    assert_close(gradients.scale, expected.dscale, scale=np.abs(cotangent).sum())
+    assert_close(gradients.bias, expected.dbias, scale=np.abs(cotangent).sum())
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_activation_and_ghost_batches_when_sharded(mesh, rng, transform):
+    x = rng.normal(size=(4 * DEVICES, 3)).astype(np.float32) + 2
+    cotangent = rng.normal(size=x.shape).astype(np.float32)
+    params, state = jbn.init(3)
+    for options in ({"activation": jax.nn.relu}, {"ghost_batch_size": 2}):
+        one_device = jax.jit(functools.partial(whole, **options))(params, state, x, None, cotangent)
+        many = transform(mesh)(params, state, x, None, cotangent, **options)
+        for a, e in zip(jax.tree.leaves(many), jax.tree.leaves(one_device), strict=True):
+            assert_close(a, e, scale=np.abs(cotangent).sum())
+
+
+def test_a_nan_on_one_device_keeps_the_state_of_all(mesh, rng):
+    x = rng.normal(size=(4 * DEVICES, 3)).astype(np.float32)
+    x[5, 1] = np.nan
+    params, state = jbn.init(3)
+    for transform in TRANSFORMS.values():
+        _, new_state, _, _ = transform(mesh)(params, state, x, None, np.ones_like(x))
+        for leaf, expected in zip(new_state, state, strict=True):
+            np.testing.assert_array_equal(leaf, expected)
+
+
+def test_batch_spread_over_lanes_alone(rng):
+    x = rng.normal(size=(16, 3)).astype(np.float32) + 100
+    params, state = jbn.init(3)
+    norm = jax.vmap(
+        lambda x: jbn.batch_norm(params, state, x, True, momentum=0.0, axis_name="batch"),
+        axis_name="batch",
+        out_axes=(0, None),
+    )
+    out, new_state = norm(x)
+    expected = reference.batch_norm(x)
+    assert_close(out, expected.out)
+    assert_close(new_state.var, expected.var)
+    batch = jax.vmap(lambda x: jbn.moments(x, axis_name="batch"), axis_name="batch", out_axes=None)(x)
+    assert_close(batch.mean, expected.mean)
+    assert float(batch.count) == 16
+
+
+def test_lanes_may_be_masked(rng):
+    x = rng.normal(size=(16, 3)).astype(np.float32) + 100
+    mask = rng.random(16) < 0.5
+    params, state = jbn.init(3)
+    norm = jax.vmap(
+        lambda x, m: jbn.batch_norm(params, state, x, True, mask=m, axis_name="batch"), axis_name="batch"
+    )
+    out, _ = norm(np.where(mask[:, None], x, np.float32(np.nan)), mask)
+    assert_close(out, reference.batch_norm(x, mask=mask).out)
+
+
+def test_two_axis_names(rng):
+    x = rng.normal(size=(2, 3, 4, 5)).astype(np.float32) + 10
+    norm = functools.partial(jbn.batch_norm, *jbn.init(5), train=True, axis_name=("a", "b"))
+    out, _ = jax.vmap(jax.vmap(lambda x: norm(x=x), axis_name="b"), axis_name="a")(x)
+    assert_close(out, reference.batch_norm(x).out)
+
+
+def pmean_variance(x, mask, mesh):
+    """The variance as common examples share it: the mean over devices of E[x^2] - E[x]^2, each device weighing the same."""
+
+    def one_device(x, mask):
+        w = mask[:, None].astype(jnp.float32)
+        n = jnp.maximum(w.sum(0, keepdims=True), 1.0)
+        x = jnp.where(mask[:, None], x, 0.0)
+        mean = jax.lax.pmean(x.sum(0, keepdims=True) / n, "devices")
+        return (jax.lax.pmean((x * x).sum(0, keepdims=True) / n, "devices") - mean * mean)[0]
+
+    return jax.jit(jax.shard_map(one_device, mesh=mesh, in_specs=(P("devices"), P("devices")), out_specs=P()))(x, mask)
+
+
+def our_variance(x, mask, mesh):
+    moments = jax.shard_map(
+        lambda x, mask: jbn.moments(x, mask=mask, axis_name="devices"),
+        mesh=mesh,
+        in_specs=(P("devices"), P("devices")),
+        out_specs=P(),
+    )
+    return jax.jit(moments)(x, mask).var
+
+
+def test_pmean_of_means_agrees_where_shards_are_even_and_near_zero(mesh, rng):
+    x, mask = rng.normal(size=(64, 3)).astype(np.float32), np.ones(64, bool)
+    assert_close(pmean_variance(x, mask, mesh), our_variance(x, mask, mesh))
+
+
+@pytest.mark.parametrize("case", ["uneven", "empty", "far from zero"])
+def test_pmean_of_means_is_wrong_elsewhere(mesh, rng, case):
+    x, mask = rng.normal(size=(64, 3)).astype(np.float32), np.ones(64, bool)
+    x += np.arange(64, dtype=np.float32)[:, None] // 8
+    if case == "uneven":
+        mask[:15] = np.arange(15) % 8 == 0
+    if case == "empty":
+        mask[:8] = False
+    if case == "far from zero":
+        x += 1e4
+    expected = reference.batch_norm(x, mask=mask).var
+    assert_close(our_variance(x, mask, mesh), expected)
+    assert np.max(np.abs(pmean_variance(x, mask, mesh) / expected - 1)) > 0.02

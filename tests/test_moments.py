@@ -1,0 +1,143 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from cases import LAYOUTS, LOW_PRECISION, ill_conditioned
+from tolerances import assert_close
+
+import jbn
+
+
+moments = jax.jit(jbn.moments, static_argnames="feature_axis")
+
+
+def assert_moments(actual, expected, x, dtype="float32"):
+    largest = np.max(np.abs(np.asarray(x, np.float64)), initial=0)
+    assert_close(actual.mean, expected.mean, dtype, scale=largest)
+    assert_close(actual.var, expected.var, dtype)
+    assert float(actual.count) == expected.count
+
+
+@pytest.mark.parametrize(("shape", "feature_axis"), LAYOUTS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_moments_of_every_layout(rng, shape, feature_axis, masked):
+    x = rng.normal(size=shape).astype(np.float32) * 3 + 5
+    feature = reference.feature_axes(feature_axis, x.ndim)
+    mask = rng.random([n for axis, n in enumerate(shape) if axis not in feature]) < 0.6 if masked else None
+    expected = reference.batch_norm(x, feature_axis=feature_axis, mask=mask)
+    actual = moments(x, feature_axis=feature_axis, mask=mask)
+    assert_moments(actual, expected, x)
+
+
+@pytest.mark.parametrize("case", ["plain", "first row far", "second row far", "masked", "masked, first valid row far"])
+@pytest.mark.parametrize("ratio", [0, 1, 1e2, 1e3, 1e4, 1e5])
+@pytest.mark.parametrize("rows", [1024, 2**18])
+def test_variance_keeps_its_digits_at_any_mean(rng, rows, ratio, case):
+    x, mask = ill_conditioned(rng, rows, ratio, case)
+    expected = reference.batch_norm(x, mask=mask)
+    actual = moments(x, mask=mask)
+    np.testing.assert_allclose(actual.var, expected.var, rtol=1e-5)
+    np.testing.assert_allclose(actual.mean, expected.mean, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["left padding", "right padding", "scattered", "one value", "last value"])
+def test_padding_of_any_layout_is_exact(rng, layout):
+    x = (rng.normal(size=(6, 50, 3)) + 1e4).astype(np.float32)
+    lengths = rng.integers(1, 50, size=6)
+    position = np.arange(50)
+    mask = {
+        "left padding": position >= 50 - lengths[:, None],
+        "right padding": position < lengths[:, None],
+        "scattered": rng.random((6, 50)) < 0.2,
+        "one value": (position == 17) & (np.arange(6)[:, None] == 3),
+        "last value": (position == 49) & (np.arange(6)[:, None] == 5),
+    }[layout]
+    x[~mask] = np.nan
+    expected = reference.batch_norm(x, mask=mask)
+    actual = moments(x, mask=mask)
+    np.testing.assert_allclose(actual.mean, expected.mean, rtol=1e-7)
+    np.testing.assert_allclose(actual.var, expected.var, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mask_shape", [(6, 4, 5), (6, 1, 5), (1, 4, 1), (6, 4, 5, 1), (6, 1, 1, 1)])
+def test_mask_axes_of_one_repeat(rng, mask_shape):
+    x = rng.normal(size=(6, 4, 5, 3)).astype(np.float32)
+    mask = rng.random(mask_shape) < 0.7
+    expected = reference.batch_norm(x, mask=np.broadcast_to(mask if mask.ndim == 4 else mask[..., None], (6, 4, 5, 1)))
+    actual = moments(x, mask=mask)
+    assert_moments(actual, expected, x)
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+def test_half_precision_input_has_float32_moments(rng, dtype):
+    x = jnp.asarray(rng.normal(size=(500, 3)) * 2 + 30).astype(dtype)
+    expected = reference.batch_norm(np.asarray(x.astype(jnp.float32)))
+    actual = moments(x)
+    assert actual.mean.dtype == jnp.float32
+    assert_moments(actual, expected, x)
+
+
+@pytest.mark.parametrize("mask", [None, np.array([True, True, False, True, False, True])])
+def test_moments_are_differentiable(x64, rng, mask):
+    x = jnp.asarray(rng.normal(size=(6, 2)) + 3)
+
+    def summary(x):
+        batch = jbn.moments(x, mask=mask)
+        return jnp.sum(jnp.sin(batch.mean) * jnp.exp(batch.var))
+
+    def plain(x):
+        w = jnp.ones((6, 1)) if mask is None else jnp.asarray(mask)[:, None].astype(jnp.float64)
+        mean = jnp.sum(w * x, 0, keepdims=True) / jnp.sum(w)
+        return jnp.sum(jnp.sin(mean) * jnp.exp(jnp.sum(w * jnp.square(x - mean), 0, keepdims=True) / jnp.sum(w)))
+
+    for derivative in (jax.grad, jax.hessian):
+        np.testing.assert_allclose(derivative(summary)(x), derivative(plain)(x), atol=1e-10)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 3])
+def test_few_rows(rows):
+    x = np.arange(2 * rows, dtype=np.float32).reshape(rows, 2) ** 2
+    actual = moments(x)
+    expected = reference.batch_norm(x)
+    assert_moments(actual, expected, x)
+
+
+def test_nothing_valid_counts_nothing():
+    actual = jbn.moments(jnp.full((4, 3), jnp.nan), mask=np.zeros(4, bool))
+    for leaf in actual:
+        np.testing.assert_array_equal(leaf, np.zeros_like(leaf))
+
+
+def test_merge_equals_the_whole(rng):
+    x = (rng.normal(size=(100, 4)) + [0, 1, 1e3, 1e4]).astype(np.float32)
+    parts = [jbn.moments(part) for part in np.split(x, [1, 20, 50])]
+    expected = reference.batch_norm(x)
+    for order in (parts, parts[::-1]):
+        union = jbn.merge(*order)
+        np.testing.assert_allclose(union.mean, expected.mean, rtol=1e-6)
+        np.testing.assert_allclose(union.var, expected.var, rtol=1e-3)
+        assert float(union.count) == 100
+    nested = jbn.merge(jbn.merge(*parts[:2]), jbn.merge(*parts[2:]))
+    np.testing.assert_allclose(nested.var, jbn.merge(*parts).var, rtol=1e-3)
+
+
+def test_merge_is_exact_in_float64(x64, rng):
+    x = rng.normal(size=(60, 2, 3)) + 10
+    union = jbn.merge(*(jbn.moments(part, feature_axis=(1, 2)) for part in np.split(x, [7, 8])))
+    expected = reference.batch_norm(x, feature_axis=(1, 2))
+    assert_moments(union, expected, x, "float64")
+
+
+def test_merge_ignores_what_is_empty(rng):
+    x = rng.normal(size=(10, 3)).astype(np.float32)
+    batch, nothing = jbn.moments(x), jbn.moments(x[:0])
+    union = jbn.merge(nothing, batch, nothing)
+    assert_moments(union, batch, x)
+
+
+def test_merge_refuses():
+    with pytest.raises(ValueError, match="at least one"):
+        jbn.merge()
+    with pytest.raises(ValueError, match=r"shapes \[\(3,\), \(2,\)\]"):
+        jbn.merge(jbn.moments(jnp.ones((4, 3))), jbn.moments(jnp.ones((4, 2))))
