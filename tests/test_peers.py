@@ -248,7 +248,8 @@ def test_ten_steps_equal_the_peer(rng, name, layout):
 @peers_and_layouts
 def test_inference_equals_the_peer(rng, name, layout):
     peer = PEERS[name]
-    mean, var = rng.uniform(-3, 3, SIZES["C"]), rng.uniform(0.5, 4, SIZES["C"])
+    spread = 10 ** rng.uniform(-2, 0, SIZES["C"])
+    mean, var = spread * rng.uniform(-3, 3, SIZES["C"]), spread**2
     state = jbn.State(jnp.asarray(mean, jnp.float32), jnp.asarray(var, jnp.float32), jnp.int32(7))
     options, call = options_and_call(rng, layout, state, step=0, train=False)
     assert_equal(peer.ours(options, call), peer.result(options, call), condition(options, call, power=1))
