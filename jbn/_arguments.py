@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 INPUT_DTYPES = ("float32", "float64", "bfloat16", "float16")
 STATE_DTYPES = ("float32", "float64")
@@ -51,7 +52,7 @@ def checked_axes(feature_axis: int | Sequence[int], ndim: int) -> Axes:
             )
     feature = tuple(sorted(axis % ndim for axis in axes))
     if len(set(feature)) != len(feature):
-        raise ValueError(f"`feature_axis` {feature_axis!r} names an axis of x of {ndim} dimensions twice: name it once.")
+        raise ValueError(f"`feature_axis` {feature_axis!r} names an axis twice: name it once.")
     return Axes(feature, tuple(axis for axis in range(ndim) if axis not in feature))
 
 
@@ -145,7 +146,7 @@ def _fits(shape: Sequence[int], expected: Sequence[int]) -> bool:
 
 def check_train(train: Any) -> None:
     """Training and inference are two programs, so the choice is made in Python."""
-    if isinstance(train, jax.core.Tracer):
+    if isinstance(train, Tracer):
         raise TypeError(
             "`train` is traced, but it selects the program and must be a Python bool: pass it by "
             "jax.jit(..., static_argnames='train'), or bind it with functools.partial before jit."
@@ -156,7 +157,7 @@ def check_train(train: Any) -> None:
 
 def checked_epsilon(epsilon: Any) -> float:
     """A concrete, positive, finite number that float32 can tell from 0."""
-    if isinstance(epsilon, jax.core.Tracer) or not isinstance(epsilon, numbers.Real | np.ndarray | jax.Array):
+    if isinstance(epsilon, Tracer) or not isinstance(epsilon, numbers.Real | np.ndarray | jax.Array):
         raise TypeError(f"`epsilon` is {epsilon!r}: expected a Python number such as 1e-5, not a traced value.")
     value = float(epsilon)
     if not (value >= float(np.finfo(np.float32).tiny) and math.isfinite(value)):

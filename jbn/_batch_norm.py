@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jbn import _arguments
 from jbn._collectives import AxisName, sum_over
@@ -17,13 +18,13 @@ from jbn.momentum import Schedule
 def batch_norm(
     params: Params,
     state: State,
-    x: jax.Array,
+    x: ArrayLike,
     train: bool,
     *,
     momentum: float | Schedule = 0.99,
     epsilon: float = 1e-5,
     feature_axis: int | Sequence[int] = -1,
-    mask: jax.Array | None = None,
+    mask: ArrayLike | None = None,
     axis_name: AxisName | None = None,
     ghost_batch_size: int | None = None,
     running_var: str = "biased",
@@ -60,11 +61,15 @@ def batch_norm(
 
     Example:
         >>> import jax.numpy as jnp
+        >>> import jbn
         >>> params, state = jbn.init(2)
         >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
         >>> out, state = jbn.batch_norm(params, state, x, True, momentum=0.9)
-        >>> print(out.round(2).tolist(), state.mean)
-        [[-1.0, -1.0], [1.0, 1.0]] [0.2 2. ]
+        >>> print(out.round(2))
+        [[-1. -1.]
+         [ 1.  1.]]
+        >>> print(state.mean)
+        [0.2 2. ]
 
     Source:
         Ioffe and Szegedy, Batch Normalization, 2015, algorithms 1 and 2.
@@ -105,11 +110,11 @@ def batch_norm(
 def normalize(
     params: Params,
     state: State,
-    x: jax.Array,
+    x: ArrayLike,
     *,
     epsilon: float = 1e-5,
     feature_axis: int | Sequence[int] = -1,
-    mask: jax.Array | None = None,
+    mask: ArrayLike | None = None,
     activation: Activation | None = None,
     dtype: Any = None,
 ) -> jax.Array:
@@ -136,6 +141,7 @@ def normalize(
 
     Example:
         >>> import jax.numpy as jnp
+        >>> import jbn
         >>> params, state = jbn.init(2)
         >>> print(jbn.normalize(params, state, jnp.array([[1.0, -1.0]])).round(3))
         [[ 1. -1.]]

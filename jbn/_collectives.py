@@ -9,7 +9,7 @@ AxisName = str | tuple[str, ...]
 
 
 def sum_over(axis_name: AxisName | None, arrays: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-    """Sum arrays of one shape over the mapped axes, in a single collective; without a name they come back as they are."""
+    """Sums of arrays of one shape over the mapped axes, by one collective; without a name the arrays themselves."""
     if axis_name is None:
         return tuple(arrays)
     try:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jbn import _arguments
 from jbn._collectives import AxisName, sum_over
@@ -21,13 +22,14 @@ class Moments(NamedTuple):
 
     Example:
         >>> import jax.numpy as jnp
+        >>> import jbn
         >>> jbn.Moments(mean=jnp.zeros(3), var=jnp.ones(3), count=jnp.float32(8)).var.shape
         (3,)
     """
 
     mean: jax.Array
     var: jax.Array
-    count: jax.Array
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]  optax's word, dearer than tuple.count
 
 
 class ShiftedMoments(NamedTuple):
@@ -40,14 +42,14 @@ class ShiftedMoments(NamedTuple):
     shift: jax.Array
     offset: jax.Array
     var: jax.Array
-    count: jax.Array
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]  optax's word, dearer than tuple.count
 
 
 def moments(
-    x: jax.Array,
+    x: ArrayLike,
     *,
     feature_axis: int | Sequence[int] = -1,
-    mask: jax.Array | None = None,
+    mask: ArrayLike | None = None,
     axis_name: AxisName | None = None,
 ) -> Moments:
     """Mean, biased variance and count of a batch, per feature.
@@ -69,6 +71,7 @@ def moments(
 
     Example:
         >>> import jax.numpy as jnp
+        >>> import jbn
         >>> batch = jbn.moments(jnp.array([[1.0], [3.0], [100.0]]), mask=jnp.array([True, True, False]))
         >>> print(batch.mean, batch.var, batch.count)
         [2.] [1.] 2.0
@@ -102,6 +105,7 @@ def merge(*moments: Moments) -> Moments:
 
     Example:
         >>> import jax.numpy as jnp
+        >>> import jbn
         >>> left, right = jbn.moments(jnp.array([[0.0], [2.0]])), jbn.moments(jnp.array([[4.0], [6.0]]))
         >>> union = jbn.merge(left, right)
         >>> print(union.mean, union.var, union.count)
@@ -133,7 +137,7 @@ def arithmetic_dtype(x: jax.Array) -> Any:
 def shifted_moments(
     x: jax.Array, mask: jax.Array | None, reduced: tuple[int, ...], axis_name: AxisName | None
 ) -> ShiftedMoments:
-    """Moments in one pass, about a row of the data: their error grows with (mean - shift)**2 / var, not mean**2 / var."""
+    """Moments in one pass about a row of the data: the error grows with (mean - shift)**2 / var, not mean**2 / var."""
     dtype = arithmetic_dtype(x)
     sizes = [x.shape[axis] for axis in reduced]
     if mask is None:

@@ -21,6 +21,7 @@ class Params(NamedTuple):
 
     Example:
         >>> import jax.numpy as jnp
+        >>> import jbn
         >>> jbn.Params(scale=None, bias=jnp.zeros(3)).scale is None
         True
     """
@@ -38,6 +39,7 @@ class State(NamedTuple):
         count: int32 scalar, the updates made so far.
 
     Example:
+        >>> import jbn
         >>> _, state = jbn.init(3)
         >>> print(state.mean, state.var, state.count)
         [0. 0. 0.] [1. 1. 1.] 0
@@ -45,7 +47,7 @@ class State(NamedTuple):
 
     mean: jax.Array
     var: jax.Array
-    count: jax.Array
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]  optax's word, dearer than tuple.count
 
 
 def init(features: int | Sequence[int], dtype: Any = jnp.float32) -> tuple[Params, State]:
@@ -63,6 +65,7 @@ def init(features: int | Sequence[int], dtype: Any = jnp.float32) -> tuple[Param
         ValueError: a size is negative.
 
     Example:
+        >>> import jbn
         >>> params, state = jbn.init(64)
         >>> print(params.scale.shape, state.mean.dtype)
         (64,) float32
@@ -77,9 +80,7 @@ def init(features: int | Sequence[int], dtype: Any = jnp.float32) -> tuple[Param
     return params, state
 
 
-def update(
-    state: State, moments: Moments, *, momentum: float | Schedule = 0.99, running_var: str = "biased"
-) -> State:
+def update(state: State, moments: Moments, *, momentum: float | Schedule = 0.99, running_var: str = "biased") -> State:
     """Move the running statistics towards a batch's.
 
     new = momentum * old + (1 - momentum) * batch
@@ -104,6 +105,7 @@ def update(
 
     Example:
         >>> import jax.numpy as jnp
+        >>> import jbn
         >>> _, state = jbn.init(1)
         >>> state = jbn.update(state, jbn.moments(jnp.array([[0.0], [4.0]])), momentum=0.5)
         >>> print(state.mean, state.var, state.count)
@@ -160,6 +162,7 @@ def unset(tree: Any) -> Any:
 
     Example:
         >>> import jax.numpy as jnp
+        >>> import jbn
         >>> _, state = jbn.init(1)
         >>> state = jbn.update(jbn.unset(state), jbn.moments(jnp.array([[3.0], [5.0]])))
         >>> print(state.mean, state.var, state.count)

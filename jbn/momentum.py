@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 Schedule = Callable[[Any], Any]
 
@@ -22,6 +23,7 @@ def cumulative() -> Schedule:
         Nothing.
 
     Example:
+        >>> import jbn
         >>> schedule = jbn.momentum.cumulative()
         >>> print(schedule(0), schedule(3))
         0.0 0.75
@@ -52,6 +54,7 @@ def warmup(momentum: float) -> Schedule:
         ValueError: momentum is not in [0, 1].
 
     Example:
+        >>> import jbn
         >>> schedule = jbn.momentum.warmup(0.75)
         >>> print(schedule(0), schedule(1), schedule(100))
         0.0 0.5 0.75
@@ -79,6 +82,7 @@ def debiased(momentum: float) -> Schedule:
         ValueError: momentum is not in [0, 1].
 
     Example:
+        >>> import jbn
         >>> schedule = jbn.momentum.debiased(0.5)
         >>> print(f"{schedule(0):.4f} {schedule(1):.4f} {schedule(100):.4f}")
         0.0000 0.3333 0.5000
@@ -116,6 +120,7 @@ def per_microbatch(momentum: float, microbatches: int) -> float:
         ValueError: momentum is not in [0, 1], or microbatches is less than 1.
 
     Example:
+        >>> import jbn
         >>> jbn.momentum.per_microbatch(0.81, 2)
         0.9
 
@@ -143,6 +148,7 @@ def from_torch(momentum: float | None) -> float | Schedule:
         ValueError: momentum is not in [0, 1].
 
     Example:
+        >>> import jbn
         >>> jbn.momentum.from_torch(0.1)
         0.9
 
@@ -153,9 +159,33 @@ def from_torch(momentum: float | None) -> float | Schedule:
 
 
 def at(momentum: Any, count: jax.Array, dtype: Any) -> jax.Array:
-    """The momentum of this update, in [0, 1]: concrete numbers are checked, scheduled and traced ones are clipped."""
+    """The momentum of one update: what a number or a schedule comes to.
+
+    clip(momentum(count), 0, 1). Concrete numbers are checked instead, so that a slip is not clipped unseen.
+
+    Args:
+        momentum: a number, or a schedule from the count of updates so far to one.
+        count: the updates made so far, an int32 scalar.
+        dtype: dtype of the result, float32 or float64.
+
+    Returns:
+        Scalar array in [0, 1].
+
+    Raises:
+        TypeError: momentum is neither a number nor a function.
+        ValueError: it is outside [0, 1], or not a scalar.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jbn
+        >>> print(jbn.momentum.at(jbn.momentum.warmup(0.9), jnp.int32(1), jnp.float32))
+        0.5
+
+    Source:
+        jbn's own convention.
+    """
     value = momentum(count) if callable(momentum) else momentum
-    if not callable(momentum) and not isinstance(momentum, jax.core.Tracer):
+    if not callable(momentum) and not isinstance(momentum, Tracer):
         value = _checked("momentum", momentum)
     value = jnp.asarray(value)
     if value.shape != () or not (jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)):

@@ -115,7 +115,9 @@ def test_masked_values_reach_nothing(debug_nans, rng, poison, options):
         np.testing.assert_array_equal(array[~mask], np.zeros_like(array[~mask]))
 
 
-@pytest.mark.parametrize("options", [{}, {"ghost_batch_size": 2}, {"running_var": "unbiased"}, {"running_var": "total"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"ghost_batch_size": 2}, {"running_var": "unbiased"}, {"running_var": "total"}]
+)
 @pytest.mark.parametrize("rows", [0, 4])
 def test_nothing_valid_changes_nothing(debug_nans, rng, rows, options):
     params = some_params(rng, 3)
@@ -216,9 +218,7 @@ def test_total_variance_of_a_cumulative_average_is_the_population_s(rng, sd, siz
     state = jbn.unset(state) if start == "unset" else state
 
     def step(state, x):
-        return jbn.batch_norm(
-            params, state, x, True, momentum=jbn.momentum.cumulative(), running_var="total"
-        )[1], None
+        return jbn.batch_norm(params, state, x, True, momentum=jbn.momentum.cumulative(), running_var="total")[1], None
 
     state, _ = jax.jit(lambda state: jax.lax.scan(step, state, batches))(state)
     population = reference.batch_norm(batches.reshape(-1, 3))

@@ -160,9 +160,7 @@ def test_lanes_may_be_masked(rng):
     x = rng.normal(size=(16, 3)).astype(np.float32) + 100
     mask = rng.random(16) < 0.5
     params, state = jbn.init(3)
-    norm = jax.vmap(
-        lambda x, m: jbn.batch_norm(params, state, x, True, mask=m, axis_name="batch"), axis_name="batch"
-    )
+    norm = jax.vmap(lambda x, m: jbn.batch_norm(params, state, x, True, mask=m, axis_name="batch"), axis_name="batch")
     out, _ = norm(np.where(mask[:, None], x, np.float32(np.nan)), mask)
     assert_close(out, reference.batch_norm(x, mask=mask).out)
 
@@ -175,7 +173,7 @@ def test_two_axis_names(rng):
 
 
 def pmean_variance(x, mask, mesh):
-    """The variance as common examples share it: the mean over devices of E[x^2] - E[x]^2, each device weighing the same."""
+    """The variance as common examples share it: E[x^2] - E[x]^2, where each device weighs the same in either mean."""
 
     def one_device(x, mask):
         w = mask[:, None].astype(jnp.float32)

@@ -8,7 +8,6 @@ from tolerances import assert_close
 
 import jbn
 
-
 moments = jax.jit(jbn.moments, static_argnames="feature_axis")
 
 
@@ -110,7 +109,7 @@ def test_nothing_valid_counts_nothing():
 
 
 def test_merge_equals_the_whole(rng):
-    x = (rng.normal(size=(100, 4)) + [0, 1, 1e3, 1e4]).astype(np.float32)
+    x = (rng.normal(size=(100, 4)) + np.array([0, 1, 1e3, 1e4])).astype(np.float32)
     parts = [jbn.moments(part) for part in np.split(x, [1, 20, 50])]
     expected = reference.batch_norm(x)
     for order in (parts, parts[::-1]):

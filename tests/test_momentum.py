@@ -27,7 +27,8 @@ def test_cumulative_is_the_plain_average(rng):
 def test_warmup_is_the_plain_average_until_it_is_warm(rng):
     values = rng.normal(size=20)
     for steps in (1, 5, 10):
-        np.testing.assert_allclose(averaged(jbn.momentum.warmup(0.9), values[:steps])[0], values[:steps].mean(), atol=1e-6)
+        average, _ = averaged(jbn.momentum.warmup(0.9), values[:steps])
+        np.testing.assert_allclose(average, values[:steps].mean(), atol=1e-6)
     assert float(jbn.momentum.warmup(0.9)(1000)) == np.float32(0.9)
 
 

@@ -3,16 +3,19 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+
+Array = jax.Array | np.ndarray
 
 
 class Examples(NamedTuple):
     """Images, float32 of shape (n, 8, 8, 1) with values in [0, 1], and labels, int32 of shape (n,)."""
 
-    images: np.ndarray
-    labels: np.ndarray
+    images: Array
+    labels: Array
 
 
 class Digits(NamedTuple):
@@ -24,17 +27,16 @@ class Digits(NamedTuple):
 
 def load() -> Digits:
     """All digits, split in two with the same share of each label."""
-    digits = load_digits()
-    images = np.asarray(digits.images, np.float32)[..., None] / 16
-    labels = np.asarray(digits.target, np.int32)
-    train, held_out, train_labels, held_out_labels = train_test_split(
-        images, labels, test_size=0.2, stratify=labels, random_state=0
-    )
-    return Digits(Examples(train, train_labels), Examples(held_out, held_out_labels))
+    pixels, targets = load_digits(return_X_y=True)
+    images = np.asarray(pixels, np.float32).reshape(-1, 8, 8, 1) / 16
+    labels = np.asarray(targets, np.int32)
+    split = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
+    train, held_out = (Examples(images[chosen], labels[chosen]) for chosen in split)
+    return Digits(train, held_out)
 
 
 def batches(examples: Examples, size: int, seed: int) -> Iterator[Examples]:
-    """Batches without end, each example once an epoch, in an order fixed by the seed; a short last batch is left out."""
+    """Batches without end, an example once an epoch, in an order fixed by the seed; a short last batch is left out."""
     rng = np.random.default_rng(seed)
     while True:
         order = rng.permutation(len(examples.labels))

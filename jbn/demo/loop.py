@@ -53,9 +53,7 @@ def train(options: Options, digits: data.Digits, watch: Callable[[Look], None]) 
     everywhere, split = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec(AXIS)))
     optimizer = optax.adamw(optax.cosine_decay_schedule(options.learning_rate, options.steps))
     chex.clear_trace_counter()
-    step = make_step(
-        mesh, optimizer, momentum=momentum_from_text(options.momentum), running_var=options.running_var
-    )
+    step = make_step(mesh, optimizer, momentum=momentum_from_text(options.momentum), running_var=options.running_var)
     params, state = model.init(jax.random.key(options.seed))
     run = jax.device_put(Run(params, state, optimizer.init(params)), everywhere)
     look_after = set(np.linspace(1, options.steps, min(LOOKS, options.steps)).round().astype(int).tolist())

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 import jbn
+from jbn.demo.data import Array
 
 Tree = dict[str, Any]
 CLASSES = 10
@@ -32,7 +33,7 @@ def init(key: jax.Array) -> tuple[Tree, Tree]:
     return params, state
 
 
-def apply(params: Tree, state: Tree, images: jax.Array, train: bool, norm: Callable[..., Any]) -> tuple[Any, Tree]:
+def apply(params: Tree, state: Tree, images: Array, train: bool, norm: Callable[..., Any]) -> tuple[Any, Tree]:
     """Logits of shape (n, 10) and the new running statistics.
 
     `norm` is jbn.batch_norm with its options bound; the activation goes inside it, which keeps the backward pass lean.
@@ -60,10 +61,10 @@ def _init_block(key: jax.Array, channels: int, features: int) -> tuple[Tree, Tre
 
 
 def _conv_norm(
-    params: Tree, state: jbn.State, x: jax.Array, train: bool, norm: Callable[..., Any], stride: int = 1, **options: Any
+    params: Tree, state: jbn.State, x: Array, train: bool, norm: Callable[..., Any], stride: int = 1, **options: Any
 ) -> tuple[jax.Array, jbn.State]:
     x = jax.lax.conv_general_dilated(
-        x, params["kernel"], (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        jnp.asarray(x), params["kernel"], (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
     return norm(params["norm"], state, x, train, **options)
 

@@ -41,9 +41,7 @@ def _draw_accuracies(axes: Any, result: Result) -> None:
         label="training batch, its own statistics",
     )
     axes.plot(steps, [look.held_out_batch for look in result.looks], color="C2", label="held out, its own statistics")
-    axes.plot(
-        steps, [look.held_out_running for look in result.looks], color="C3", label="held out, running statistics"
-    )
+    axes.plot(steps, [look.held_out_running for look in result.looks], color="C3", label="held out, running statistics")
     axes.set(title="accuracy", xlabel="step", ylabel="share correct", ylim=(-0.02, 1.02))
     axes.legend(loc="center right")
 

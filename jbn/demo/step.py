@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import chex
 import jax
@@ -12,7 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 import jbn
 from jbn.demo import model
-from jbn.demo.data import Examples
+from jbn.demo.data import Array, Examples
 
 AXIS = "devices"
 
@@ -48,7 +48,8 @@ def make_step(mesh: Mesh, optimizer: optax.GradientTransformation, **norm_option
     def step(run: Run, batch: Examples) -> tuple[Run, Metrics]:
         gradients, (state, metrics) = jax.grad(loss, has_aux=True)(run.params, run.state, batch)
         updates, memory = optimizer.update(gradients, run.optimizer, run.params)
-        return Run(optax.apply_updates(run.params, updates), state, memory), metrics
+        params = cast(model.Tree, optax.apply_updates(run.params, updates))
+        return Run(params, state, memory), metrics
 
     everywhere, split = PartitionSpec(), PartitionSpec(AXIS)
     sharded = jax.shard_map(step, mesh=mesh, in_specs=(everywhere, split), out_specs=everywhere)
@@ -63,11 +64,11 @@ def evaluate(params: model.Tree, state: model.Tree, examples: Examples, *, train
 
 
 @jax.jit
-def batch_statistics(params: model.Tree, state: model.Tree, images: jax.Array) -> model.Tree:
+def batch_statistics(params: model.Tree, state: model.Tree, images: Array) -> model.Tree:
     """Each norm's own mean and variance of this one batch: what unset statistics take over whole."""
     return model.apply(params, jbn.unset(state), images, True, jbn.batch_norm)[1]
 
 
-def _metrics(logits: jax.Array, labels: jax.Array) -> Metrics:
+def _metrics(logits: jax.Array, labels: Array) -> Metrics:
     loss = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
     return Metrics(loss, jnp.mean(jnp.argmax(logits, axis=-1) == labels))
