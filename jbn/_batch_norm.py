@@ -64,12 +64,12 @@ def batch_norm(
         >>> import jbn
         >>> params, state = jbn.init(2)
         >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
-        >>> out, state = jbn.batch_norm(params, state, x, True, momentum=0.9)
+        >>> out, state = jbn.batch_norm(params, state, x, True, momentum=0.5)
         >>> print(out.round(2))
         [[-1. -1.]
          [ 1.  1.]]
         >>> print(state.mean)
-        [0.2 2. ]
+        [ 1. 10.]
 
     Source:
         Ioffe and Szegedy, Batch Normalization, 2015, algorithms 1 and 2.

@@ -1,0 +1,170 @@
+"""`jbn train`: the lesson it shows, what it writes, what it refuses."""
+
+import json
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint
+import pytest
+
+import jbn
+from jbn.cli import main
+from jbn.demo import data, loop, model, report
+from jbn.demo.options import Options, momentum_from_text
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """optax and the losses promote implicitly."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load()
+
+
+@pytest.fixture(scope="module")
+def lesson(digits):
+    """The article's example: the same training with three ways to average."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        options = {text: Options(momentum=text, steps=60, devices=1) for text in ("0.999", "0.9", "warmup:0.999")}
+        return {text: (chosen, loop.train(chosen, digits, lambda look: None)) for text, chosen in options.items()}
+
+
+def last_look(lesson, momentum):
+    return lesson[momentum][1].looks[-1]
+
+
+def test_training_does_not_see_the_momentum(lesson):
+    slow, fast = lesson["0.999"][1], lesson["0.9"][1]
+    assert slow.loss == fast.loss
+    assert slow.train_accuracy == fast.train_accuracy
+    chex.assert_trees_all_equal(slow.run.params, fast.run.params)
+
+
+def test_inference_collapses_with_a_slow_average_and_few_steps(lesson):
+    look = last_look(lesson, "0.999")
+    assert look.held_out_batch > 0.95
+    assert look.held_out_running < 0.5
+    assert last_look(lesson, "0.9").held_out_running > 0.9
+
+
+def test_warmup_recovers_most_of_it(lesson):
+    look = last_look(lesson, "warmup:0.999")
+    assert look.held_out_batch - 0.1 < look.held_out_running
+
+
+def test_closing_lines_say_what_to_do(lesson):
+    collapsed = "\n".join(report.closing_lines(*lesson["0.999"]))
+    assert f"{0.999**60:.1%} of the running statistics is still the initial" in collapsed
+    assert "--momentum warmup:0.999" in collapsed
+    options, result = lesson["warmup:0.999"]
+    stale = result.looks[-1]._replace(held_out_running=0.9, held_out_batch=0.97)
+    lines = "\n".join(report.closing_lines(options, result._replace(looks=[stale])))
+    assert "0.0% of the running statistics is still the initial" in lines
+    assert "what remains is early batches" in lines
+    good = result._replace(looks=[stale._replace(held_out_running=0.97)])
+    assert "Nothing: inference keeps" in report.closing_lines(options, good)[-1]
+    diverged = result._replace(looks=[stale._replace(loss=math.nan)])
+    assert "lower --learning-rate" in report.closing_lines(options, diverged)[-1]
+
+
+def test_looks_hold_what_the_norm_saw(lesson):
+    _, result = lesson["0.9"]
+    mean, var = np.zeros(loop.CHANNELS), np.ones(loop.CHANNELS)
+    for look in result.looks:
+        mean = 0.9 * mean + 0.1 * np.array(look.batch.mean)
+        var = 0.9 * var + 0.1 * np.array(look.batch.var)
+        np.testing.assert_allclose(look.running.mean, mean, atol=1e-5)
+        np.testing.assert_allclose(look.running.var, var, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 7, 300])
+def test_memory_of_an_average(steps):
+    start, age = report.memory("0.99", steps)
+    np.testing.assert_allclose(start, 0.99**steps, rtol=1e-4)
+    weights = 0.99 ** np.arange(steps)
+    np.testing.assert_allclose(age, np.average(np.arange(steps), weights=weights), rtol=1e-3)
+    start, age = report.memory("cumulative", steps)
+    assert start == 0
+    np.testing.assert_allclose(age, (steps - 1) / 2, rtol=1e-4)
+    assert report.memory("1", steps) == (1, 0)
+
+
+def test_devices_share_their_statistics(digits):
+    one, two = (loop.train(Options(steps=1, devices=devices), digits, lambda look: None).looks[0] for devices in (1, 2))
+    np.testing.assert_allclose(one.loss, two.loss, rtol=1e-5)
+    np.testing.assert_allclose(one.running, two.running, rtol=1e-5, atol=1e-6)
+
+
+def test_command_line_writes_and_tells(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["train", "--steps", "12", "--momentum", "cumulative", "--devices", "1", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("step ") >= 10
+    assert "step 12/12" in printed
+    assert "what to do" in printed
+    assert (out / "picture.png").read_bytes().startswith(b"\x89PNG")
+    history = json.loads((out / "history.json").read_text())
+    assert len(history["loss"]) == len(history["train_accuracy"]) == 12
+    assert history["seed"] == 0
+    assert history["options"]["momentum"] == "cumulative"
+    assert history["versions"]["jax"] == jax.__version__
+    assert history["device"] == ["cpu"]
+    params, state = model.init(jax.random.key(1))
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        restored = checkpointer.restore(out / "checkpoint")
+    assert int(restored["state"]["stem"]["count"]) == 12
+    chex.assert_trees_all_equal_shapes(restored["params"]["dense"], params["dense"])
+    chex.assert_tree_all_finite(restored["params"])
+    assert isinstance(state["stem"], jbn.State)
+
+
+REFUSED = {
+    "momentum too large": (["--momentum", "1.5"], "`momentum` is '1.5'"),
+    "unknown schedule": (["--momentum", "slow:0.9"], "warmup:0.99"),
+    "no number": (["--momentum", "warmup"], "`momentum` is 'warmup'"),
+    "running_var": (["--running-var", "half"], "`running_var` is 'half'"),
+    "steps": (["--steps", "0"], "`steps` is 0"),
+    "batch too large": (["--batch-size", "2000"], "at most 1437"),
+    "uneven batch": (["--batch-size", "100", "--devices", "3"], "a multiple of 3"),
+    "devices": (["--devices", "99"], "`devices` is 99: expected at most 8"),
+    "learning rate": (["--learning-rate", "-1"], "`learning_rate` is -1.0"),
+    "seed": (["--seed", "-1"], "`seed` is -1"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED.values(), ids=REFUSED)
+def test_command_line_refuses(tmp_path, capsys, arguments, message):
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--out", str(tmp_path / "run"), *arguments])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_command_line_keeps_a_file_that_is_in_the_way(tmp_path, capsys):
+    path = tmp_path / "notes"
+    path.write_text("mine")
+    with pytest.raises(SystemExit):
+        main(["train", "--out", str(path)])
+    assert "which is a file" in capsys.readouterr().err
+    assert path.read_text() == "mine"
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"jbn {jbn.__version__}\n"
+
+
+def test_momentum_from_text():
+    assert momentum_from_text("0.9") == 0.9
+    assert float(momentum_from_text("warmup:0.5")(jnp.int32(9))) == 0.5
+    assert float(momentum_from_text("debiased:0.5")(jnp.int32(0))) == 0
+    assert float(momentum_from_text("cumulative")(jnp.int32(1))) == 0.5

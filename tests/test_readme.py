@@ -1,0 +1,66 @@
+"""What the README says is so."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reference
+from tolerances import assert_close
+
+import jbn
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def test_example_prints_what_stands_beside_it():
+    examples, outputs = blocks("python"), blocks("text")
+    assert len(examples) == len(outputs) == 1
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(examples[0], "README.md", "exec"), {})
+    assert printed.getvalue() == outputs[0]
+
+
+def test_set_up_commands_are_those_that_ci_runs():
+    commands = blocks("console")[0].splitlines()
+    assert commands == ['pip install -e ".[demo]" && jbn train', 'pip install -e ".[test]" && pytest']
+    ci = (ROOT / ".ci" / "run").read_text()
+    for command in commands:
+        assert command in ci
+
+
+def test_pytorch_defaults_as_stated(rng):
+    (call,) = re.findall(r"`jbn\.batch_norm\(\.\.\., (momentum=.*?feature_axis=1)\)`", README)
+    options = eval(f"dict({call})", {"jbn": jbn})
+    x = rng.normal(size=(6, 3, 4)).astype(np.float32) + 2
+    _, state = jbn.batch_norm(*jbn.init(3), x, True, **options)
+    expected = reference.batch_norm(x, feature_axis=1)
+    assert_close(state.mean, 0.1 * expected.mean)
+    assert_close(state.var, 0.9 + 0.1 * expected.var * 24 / 23)
+
+
+@pytest.mark.parametrize("name", ["DESIGN", "issue", "session"])
+def test_readme_speaks_to_users(name):
+    assert name not in README
+
+
+def test_files_that_are_named_exist():
+    for path in re.findall(r"`((?:tests|jbn)/[\w./]*)`", README):
+        assert (ROOT / path).exists(), path
+
+
+def test_warmup_takes_the_start_away(rng):
+    params, state = jbn.init(3)
+    x = (rng.normal(size=(5, 64, 3)) * 2 + 5).astype(np.float32)
+    for batch in x:
+        _, state = jbn.batch_norm(params, state, batch, True, momentum=jbn.momentum.warmup(0.99))
+    assert_close(state.mean, x.astype(np.float64).mean((0, 1)))
+    assert_close(state.var, x.astype(np.float64).var(1).mean(0))

@@ -1,0 +1,57 @@
+"""A user's script that calls every public name; pyright checks it, and test_public.py runs it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import jbn
+
+
+def train_step(params: jbn.Params, state: jbn.State, x: jax.Array) -> tuple[jbn.Params, jbn.State]:
+    def loss(params: jbn.Params) -> tuple[jax.Array, jbn.State]:
+        out, new_state = jbn.batch_norm(
+            params,
+            state,
+            x,
+            True,
+            momentum=jbn.momentum.warmup(0.99),
+            epsilon=1e-3,
+            feature_axis=(-1,),
+            mask=jnp.ones(x.shape[:-1], bool),
+            axis_name=None,
+            ghost_batch_size=4,
+            running_var="total",
+            activation=jax.nn.relu,
+            dtype=jnp.float32,
+        )
+        return jnp.sum(out**2), new_state
+
+    gradients, new_state = jax.grad(loss, has_aux=True)(params)
+    return jax.tree.map(lambda p, g: p - 0.1 * g, params, gradients), new_state
+
+
+def main() -> None:
+    params, state = jbn.init(3)
+    x = jax.random.normal(jax.random.key(0), (8, 3))
+    params, state = jax.jit(train_step)(params, state, x)
+    halves = [jbn.moments(half, feature_axis=-1, mask=None, axis_name=None) for half in jnp.split(x, 2)]
+    whole: jbn.Moments = jbn.merge(*halves)
+    schedules: list[float | jbn.momentum.Schedule] = [
+        0.9,
+        jbn.momentum.cumulative(),
+        jbn.momentum.debiased(0.9),
+        jbn.momentum.per_microbatch(0.9, 4),
+        jbn.momentum.from_torch(0.1),
+        optax.linear_schedule(0.5, 0.99, 100),
+    ]
+    for schedule in schedules:
+        state = jbn.update(jbn.unset(state), whole, momentum=schedule, running_var="unbiased")
+        print(jbn.momentum.at(schedule, state.count, jnp.float32))
+    infer = functools.partial(jbn.normalize, params, state, epsilon=1e-3, feature_axis=-1, mask=None, activation=None)
+    print(infer(x, dtype=jnp.bfloat16).shape, float(state.mean[0]), jbn.Params(None, params.bias), jbn.__version__)
+
+
+if __name__ == "__main__":
+    main()
