@@ -3,7 +3,7 @@
 import math
 import numbers
 import operator
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -63,6 +63,14 @@ def check_reducible(shape: Sequence[int], axes: Axes, axis_name: Any) -> None:
             f"`x` has shape {tuple(shape)}, and every axis is a feature axis: no axis is left to take statistics over. "
             "Add a batch axis, or name a mapped axis with `axis_name`."
         )
+
+
+def checked_axis_name(axis_name: Any) -> Any:
+    """The name of a mapped axis, or a tuple of names."""
+    name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
+    if not isinstance(name, Hashable):
+        raise TypeError(f"`axis_name` is {axis_name!r}: expected the name of a mapped axis, or a tuple of names.")
+    return name
 
 
 def check_vectors(name: str, vectors: Any, shape: Sequence[int], axes: Axes) -> None:

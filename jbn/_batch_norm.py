@@ -89,6 +89,7 @@ def batch_norm(
         return out, state
     x, axes, mask, rule = _checked(params, state, x, epsilon, feature_axis, mask, dtype)
     check_update(state, running_var)
+    axis_name = _arguments.checked_axis_name(axis_name)
     _arguments.check_reducible(x.shape, axes, axis_name)
     groups = None if ghost_batch_size is None else _arguments.checked_groups(ghost_batch_size, x.shape, axes)
     features = axes.features(x.shape)

@@ -1,5 +1,6 @@
 """Mean, variance and count of a batch, exact for any ratio of mean to spread, and their exact union."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -82,6 +83,7 @@ def moments(
     """
     x = _arguments.checked_input(x)
     axes = _arguments.checked_axes(feature_axis, x.ndim)
+    axis_name = _arguments.checked_axis_name(axis_name)
     _arguments.check_reducible(x.shape, axes, axis_name)
     mask = _arguments.checked_mask(mask, x.shape, axes)
     if 0 in x.shape:
@@ -134,6 +136,7 @@ def arithmetic_dtype(x: jax.Array) -> Any:
     return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
 
+@functools.partial(jax.jit, static_argnames=("reduced", "axis_name"), inline=True)
 def shifted_moments(
     x: jax.Array, mask: jax.Array | None, reduced: tuple[int, ...], axis_name: AxisName | None
 ) -> ShiftedMoments:
@@ -145,7 +148,7 @@ def shifted_moments(
     else:
         repeats = math.prod(x.shape[axis] for axis in reduced if mask.shape[axis] == 1)
         count = jnp.sum(mask, axis=reduced, keepdims=True, dtype=jnp.int32).astype(dtype) * repeats
-    shift = jax.lax.stop_gradient(_shift(x, mask, reduced))
+    shift = jax.lax.stop_gradient(_shift(x, mask, reduced, count))
     x = x if mask is None else jnp.where(mask, x, shift)
     shift = shift.astype(dtype)
     centered = x.astype(dtype) - shift
@@ -188,14 +191,13 @@ def no_moments(x: jax.Array, features: tuple[int, ...]) -> Moments:
     return Moments(jnp.zeros(features, dtype), jnp.zeros(features, dtype), jnp.zeros((), dtype))
 
 
-def _shift(x: jax.Array, mask: jax.Array | None, reduced: tuple[int, ...]) -> jax.Array:
+def _shift(x: jax.Array, mask: jax.Array | None, reduced: tuple[int, ...], count: jax.Array) -> jax.Array:
     """A value of the data near each feature's mean: the median of three rows, since one row alone may be an outlier."""
     if not reduced:
         return x if mask is None else jnp.where(mask, x, jnp.zeros((), x.dtype))
     if mask is None:
         return _median_of_three(*_leading_rows(x, reduced))
-    any_valid = jnp.any(mask, axis=reduced, keepdims=True)
-    return jnp.where(any_valid, _median_of_three(*_valid_rows(x, mask, reduced)), jnp.zeros((), x.dtype))
+    return jnp.where(count > 0, _median_of_three(*_valid_rows(x, mask, reduced)), jnp.zeros((), x.dtype))
 
 
 def _median_of_three(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
@@ -203,18 +205,19 @@ def _median_of_three(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
 
 
 def _leading_rows(x: jax.Array, reduced: tuple[int, ...]) -> list[jax.Array]:
-    """The first three rows along the last reduced axis, the last one repeated where there are fewer.
+    """The first three rows along the last reduced axis that has three; where none has, the last one is repeated.
 
-    One contiguous slice: rows scattered over a sharded batch would be sent from device to device.
+    Neighbours, each sliced from x itself: scattered rows of a sharded batch, or slices of a slice of it, would be sent
+    from device to device.
     """
-    last = reduced[-1]
-    size = x.shape[last]
-    for axis in reduced[:-1]:
+    sizes = {axis: x.shape[axis] for axis in reversed(reduced)}
+    along = next((axis for axis, size in sizes.items() if not isinstance(size, int) or size >= 3), reduced[-1])
+    size = sizes.pop(along)
+    for axis in sizes:
         x = jax.lax.slice_in_dim(x, 0, 1, axis=axis)
     if not isinstance(size, int):
-        return [jnp.take(x, jnp.minimum(jnp.arange(row, row + 1), size - 1), axis=last) for row in range(3)]
-    x = jax.lax.slice_in_dim(x, 0, min(3, size), axis=last)
-    return [jax.lax.slice_in_dim(x, row, row + 1, axis=last) for row in (0, min(1, size - 1), min(2, size - 1))]
+        return [jnp.take(x, jnp.minimum(jnp.arange(row, row + 1), size - 1), axis=along) for row in range(3)]
+    return [jax.lax.slice_in_dim(x, row, row + 1, axis=along) for row in (0, min(1, size - 1), min(2, size - 1))]
 
 
 def _valid_rows(x: jax.Array, mask: jax.Array, reduced: tuple[int, ...]) -> list[jax.Array]:

@@ -89,6 +89,7 @@ REFUSED = {
     "activation of two": (dict(activation=lambda y: (y, y)), ValueError, ["`activation`"]),
     "dtype": (dict(dtype=jnp.int8), TypeError, ["`dtype` is int8", "bfloat16"]),
     "train a number": (dict(train=1), TypeError, ["`train` is 1", "True"]),
+    "axis name": (dict(axis_name={}), TypeError, ["`axis_name` is {}", "tuple of names"]),
     "unbound axis": (dict(axis_name="devices"), NameError, ["`axis_name` is 'devices'", "shard_map", "vmap"]),
 }
 
@@ -101,7 +102,7 @@ def test_refusals_of_batch_norm(arguments, error, words):
         assert word in str(caught.value)
 
 
-TRAINING_ONLY = ("nothing to reduce", "momentum", "ghost", "running_var", "unbound axis", "train")
+TRAINING_ONLY = ("nothing to reduce", "momentum", "ghost", "running_var", "unbound axis", "axis name", "train")
 
 
 @pytest.mark.parametrize("name", [name for name in REFUSED if not name.startswith(TRAINING_ONLY)])

@@ -165,9 +165,10 @@ def test_lanes_may_be_masked(rng):
     assert_close(out, reference.batch_norm(x, mask=mask).out)
 
 
-def test_two_axis_names(rng):
+@pytest.mark.parametrize("names", [("a", "b"), ["b", "a"]])
+def test_two_axis_names(rng, names):
     x = rng.normal(size=(2, 3, 4, 5)).astype(np.float32) + 10
-    norm = functools.partial(jbn.batch_norm, *jbn.init(5), train=True, axis_name=("a", "b"))
+    norm = functools.partial(jbn.batch_norm, *jbn.init(5), train=True, axis_name=names)
     out, _ = jax.vmap(jax.vmap(lambda x: norm(x=x), axis_name="b"), axis_name="a")(x)
     assert_close(out, reference.batch_norm(x).out)
 

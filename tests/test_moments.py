@@ -40,6 +40,13 @@ def test_variance_keeps_its_digits_at_any_mean(rng, rows, ratio, case):
     np.testing.assert_allclose(actual.mean, expected.mean, rtol=1e-6, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(2**16, 1, 1, 4), (2**14, 2, 2, 4), (1, 2**16, 1, 4)])
+def test_an_outlier_before_short_axes(rng, shape):
+    x, _ = ill_conditioned(rng, 2**16, 1e4, "first row far")
+    expected = reference.batch_norm(x)
+    np.testing.assert_allclose(moments(x.reshape(shape)).var, expected.var, rtol=1e-5)
+
+
 @pytest.mark.parametrize("layout", ["left padding", "right padding", "scattered", "one value", "last value"])
 def test_padding_of_any_layout_is_exact(rng, layout):
     x = (rng.normal(size=(6, 50, 3)) + 1e4).astype(np.float32)
