@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jbn import _arguments
 from jbn import momentum as momentum_schedules
@@ -121,7 +122,7 @@ def update(state: State, moments: Moments, *, momentum: float | Schedule = 0.99,
             "expected one shape for both."
         )
     dtype = jnp.result_type(state.mean)
-    count = jnp.rint(state.count).astype(jnp.int32)
+    count = _whole(state.count)
     kept = momentum_schedules.at(momentum, count, dtype)
     batch = Moments(*(jnp.asarray(leaf).astype(dtype) for leaf in jax.lax.stop_gradient(moments)))
     old_mean, old_var = (jnp.asarray(leaf).astype(dtype) for leaf in jax.lax.stop_gradient((state.mean, state.var)))
@@ -196,6 +197,12 @@ def check_update(state: State, running_var: str) -> None:
 def _average(kept: jax.Array, old: jax.Array, batch: jax.Array) -> jax.Array:
     """kept * old + (1 - kept) * batch, written about the nearer end, so that neither loses its last digits."""
     return jnp.where(kept < 0.5, batch + kept * (old - batch), old + (1 - kept) * (batch - old))
+
+
+def _whole(count: ArrayLike) -> jax.Array:
+    """The count as int32: averaging trees turns it to float."""
+    count = jnp.asarray(count)
+    return (count if jnp.issubdtype(count.dtype, jnp.integer) else jnp.rint(count)).astype(jnp.int32)
 
 
 def _name(path: tuple[Any, ...]) -> str:

@@ -156,3 +156,9 @@ def test_traced_momentum_is_clipped(rng, value):
 def test_update_refuses_other_shapes(rng):
     with pytest.raises(ValueError, match=r"`moments.mean` has shape \(3,\), but `state.mean` has \(2,\)"):
         jbn.update(jbn.init(2)[1], batch(rng))
+
+
+def test_count_is_exact_beyond_what_float32_can_count(rng):
+    _, state = jbn.init(3)
+    late = state._replace(count=jnp.int32(2**24 + 1))
+    assert int(jbn.update(late, batch(rng)).count) == 2**24 + 2
