@@ -17,7 +17,8 @@ def pytest_addoption(parser):
 
 def pytest_sessionfinish(session, exitstatus):
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    if session.config.getoption("--no-skips") and reporter.stats.get("skipped") and exitstatus == 0:
+    skipped = reporter is not None and reporter.stats.get("skipped")
+    if session.config.getoption("--no-skips") and skipped and exitstatus == 0:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 

@@ -92,8 +92,9 @@ def test_unset_marks_every_node_of_a_tree():
     assert marked["other"] is not None
     np.testing.assert_array_equal(marked["other"]["mean"], [1, 1])
     assert int(marked["other"]["step"]) == 4
-    with pytest.raises(ValueError, match="holds no statistics"):
-        jbn.unset({"a": jnp.ones(2)})
+    for nothing in ({"a": jnp.ones(2)}, jnp.ones(2), {}):
+        with pytest.raises(ValueError, match="holds no statistics"):
+            jbn.unset(nothing)
 
 
 @pytest.mark.parametrize(
