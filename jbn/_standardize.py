@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
+from jbn import _arguments
 from jbn._collectives import AxisName, sum_over
 from jbn._moments import ShiftedMoments, shifted_moments
 
@@ -59,9 +61,12 @@ def _standardize_jvp(rule: Rule, primals: tuple[Any, ...], tangents: tuple[Any, 
     x_t, _, affine_t, captured_t = tangents
     out, batch = standardize(rule, x, mask, affine, captured)
     x_t = None if isinstance(x_t, SymbolicZero) else x_t
-    affine_t, captured_t = jax.tree.map(_instantiated, (affine_t, captured_t), is_leaf=_is_symbolic_zero)
+    affine_t, captured_t = jax.tree.map(
+        _instantiated, (affine_t, captured_t), (affine, captured), is_leaf=lambda leaf: isinstance(leaf, SymbolicZero)
+    )
     # checkpoint keeps its arguments and recomputes the rest, so that the backward pass has x in its own dtype, the
-    # moments, scale and bias, and nothing else; it must not be undone by merging with the forward pass.
+    # moments, scale and bias, and nothing else. What it recomputes is elementwise and fuses into the backward pass:
+    # a barrier against merging it with the forward pass, the default, would only stop that fusion.
     linear = jax.checkpoint(functools.partial(_tangent, rule), prevent_cse=False)
     return (out, batch), linear(x, mask, batch, affine, captured, x_t, affine_t, captured_t)
 
@@ -98,10 +103,29 @@ def _tangent(
     if tangent is not None:
         out_t = slope * tangent + out_t
     if rule.activation is not None:
-        before = centered * slope + affine.bias
-        _, out_t = jax.jvp(rule.activation, (before, *captured), (out_t, *captured_t))
+        out_t = _activation_tangent(rule.activation, centered * slope + affine.bias, captured, out_t, captured_t)
     batch_t = ShiftedMoments(jnp.zeros_like(batch.shift), mean_t, 2 * covariance, jnp.zeros_like(batch.count))
     return _valid(out_t.astype(rule.dtype), mask), batch_t
+
+
+def _activation_tangent(
+    activation: Callable[..., jax.Array],
+    before: jax.Array,
+    captured: list[jax.Array],
+    before_t: jax.Array,
+    captured_t: list[jax.Array],
+) -> jax.Array:
+    """The tangent of the activation, by its input and by the captured values that can be differentiated."""
+    floats = [index for index, value in enumerate(captured) if jnp.issubdtype(value.dtype, jnp.floating)]
+
+    def by_floats(before: jax.Array, *values: jax.Array) -> jax.Array:
+        given = dict(zip(floats, values, strict=True))
+        return activation(before, *(given.get(index, value) for index, value in enumerate(captured)))
+
+    primals, tangents = (
+        (first, *(rest[index] for index in floats)) for first, rest in ((before, captured), (before_t, captured_t))
+    )
+    return jax.jvp(by_floats, primals, tangents)[1]
 
 
 def closed_activation(
@@ -112,13 +136,9 @@ def closed_activation(
         return None, []
     # By shape evaluation, since the type that the activation meets has a sharding and mapped axes too.
     before = jax.eval_shape(lambda: _valid(x, mask).astype(affine.scale.dtype) * affine.scale + affine.bias)
-    after = jax.eval_shape(activation, before)
-    if getattr(after, "shape", None) != x.shape or not jnp.issubdtype(after.dtype, jnp.floating):
-        raise ValueError(
-            f"`activation` turns {before.dtype.name}{list(x.shape)} into {after}: "
-            "expected an elementwise function, whose result is a float array of the same shape, such as jax.nn.relu."
-        )
-    return jax.closure_convert(activation, before)
+    # make_jaxpr rather than closure_convert, which leaves captured integers, booleans and keys inside.
+    closed = _arguments.traced_activation(activation, before)
+    return lambda y, *captured: jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, captured))(y)[0], list(closed.consts)
 
 
 def _center(x: jax.Array, mask: jax.Array | None, batch: ShiftedMoments) -> jax.Array:
@@ -135,9 +155,8 @@ def _valid(x: jax.Array, mask: jax.Array | None) -> jax.Array:
     return x if mask is None else jnp.where(mask, x, jnp.zeros((), x.dtype))
 
 
-def _is_symbolic_zero(tangent: Any) -> bool:
-    return isinstance(tangent, SymbolicZero)
-
-
-def _instantiated(tangent: Any) -> jax.Array:
-    return jnp.zeros(tangent.shape, tangent.dtype) if _is_symbolic_zero(tangent) else tangent
+def _instantiated(tangent: Any, primal: jax.Array) -> Any:
+    """Zeros for a value that is not differentiated, which vary over the mapped axes as it does."""
+    if not isinstance(tangent, SymbolicZero):
+        return tangent
+    return jnp.zeros_like(primal) if jnp.issubdtype(primal.dtype, jnp.floating) else None

@@ -214,3 +214,45 @@ def test_pmean_of_means_is_wrong_elsewhere(mesh, rng, case):
     expected = reference.batch_norm(x, mask=mask).var
     assert_close(our_variance(x, mask, mesh), expected)
     assert np.max(np.abs(pmean_variance(x, mask, mesh) / expected - 1)) > 0.02
+
+
+ACTIVATIONS = {"none": None, "relu": jax.nn.relu, "gelu": jax.nn.gelu}
+
+
+@pytest.mark.parametrize("axis_name", [None, "devices"])
+@pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS)
+@pytest.mark.parametrize("varying", ["params", "mask", "x", "captured"])
+def test_what_varies_without_being_differentiated(mesh, rng, varying, activation, axis_name):
+    """Under checked shard_map, values that differ over devices meet others that do not."""
+    x = rng.normal(size=(16, 3)).astype(np.float32)
+    own = np.arange(1, DEVICES + 1, dtype=np.float32)
+    valid = np.arange(16) % 5 > 0
+
+    def loss(x, own, valid):
+        bias = jnp.broadcast_to(own if varying == "params" else jnp.float32(1), 3)
+        slope = own if varying == "captured" else jnp.float32(2)
+        out, _ = jbn.batch_norm(
+            jbn.Params(None, bias),
+            jbn.init(3)[1],
+            x,
+            True,
+            mask=valid if varying == "mask" else None,
+            axis_name=axis_name if varying in ("x", "mask") else None,
+            activation=None if activation is None else lambda y: activation(y) * slope,
+        )
+        return jax.lax.psum(jnp.sum(out**3), "devices")
+
+    def one_device(x, own, valid):
+        if varying == "params":
+            return jax.grad(loss)(x, own[0], valid)
+        if varying == "x":
+            return jax.grad(lambda scale: loss(x * scale, own[0], valid))(jnp.ones((1, 3)))
+        return jax.grad(loss)(x, own[0], valid)
+
+    split = {"params": (P(), P("devices"), P()), "mask": (P(), P(), P("devices"))}
+    specs = split.get(varying, (P("devices"), P("devices"), P()))
+    if varying == "mask":
+        x = x[:2]
+    out_spec = P("devices") if varying == "captured" else P()
+    gradient = jax.jit(jax.shard_map(one_device, mesh=mesh, in_specs=specs, out_specs=out_spec))(x, own, valid)
+    assert bool(jnp.all(jnp.isfinite(gradient)))

@@ -293,3 +293,43 @@ def test_constant_channel_has_a_finite_gradient(x64, dtype):
     dx = jax.vjp(lambda x: jbn.batch_norm(*jbn.init(2, dtype), x, True)[0], x)[1](cotangent)[0]
     expected = reference.batch_norm(x, cotangent=cotangent).dx
     assert_close(dx, expected, dtype, condition=1 / UNIT["float32"] ** 0.5)
+
+
+OUTSIDE = {
+    "jit": lambda layer: jax.jit(layer),
+    "remat": lambda layer: jax.checkpoint(layer),
+    "scan": lambda layer: lambda x, kept: jax.lax.scan(lambda h, k: (layer(h, k), None), x, kept[None])[0],
+    "vmap": lambda layer: lambda x, kept: jax.vmap(layer, in_axes=(None, 0))(x, kept[None])[0],
+    "cond": lambda layer: lambda x, kept: jax.lax.cond(x[0, 0] < 1e9, layer, lambda x, kept: x, x, kept),
+    "jit of remat": lambda layer: jax.jit(jax.checkpoint(layer)),
+}
+
+
+@pytest.mark.parametrize("outside", OUTSIDE.values(), ids=OUTSIDE)
+@pytest.mark.parametrize("options", [{}, {"ghost_batch_size": 8}])
+def test_activation_captures_what_cannot_be_differentiated(small, outside, options):
+    params, state, x = small
+    kept = jnp.arange(24).reshape(8, 3) % 3 > 0
+
+    def through(norm):
+        return lambda x, kept: norm(params, x, lambda y: jnp.where(kept, y, 0.0) * jnp.cos(y))
+
+    ours = through(lambda p, x, act: jbn.batch_norm(p, state, x, True, activation=act, **options)[0])
+    plain = through(lambda p, x, act: reference.plain(p, x, activation=act))
+    for derivative in (jax.grad, jax.jacfwd):
+        actual, expected = (derivative(lambda x: jnp.sum(outside(f)(x, kept) ** 3))(x) for f in (ours, plain))
+        np.testing.assert_allclose(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_activation_captures_a_key(small):
+    params, state, x = small
+
+    def dropout(key, x):
+        def activation(y):
+            return jnp.where(jax.random.bernoulli(key, 0.5, y.shape), y, 0.0)
+
+        return jnp.sum(jbn.batch_norm(params, state, x, True, activation=activation)[0] ** 3)
+
+    key = jax.random.key(0)
+    outer = jax.grad(lambda x: jax.jit(dropout)(key, x))(x)
+    np.testing.assert_allclose(outer, jax.jit(jax.grad(dropout, argnums=1))(key, x), rtol=1e-10)
