@@ -1,7 +1,5 @@
 """Checks of arguments: what is refused, and the message that says how to mend it."""
 
-import math
-import numbers
 import operator
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
@@ -14,6 +12,7 @@ from jax.extend.core import ClosedJaxpr
 
 INPUT_DTYPES = ("float32", "float64", "bfloat16", "float16")
 STATE_DTYPES = ("float32", "float64")
+Numeric = int | float | np.generic | np.ndarray | jax.Array
 RUNNING_VAR = ("biased", "unbiased", "total")
 
 
@@ -30,27 +29,27 @@ class Axes(NamedTuple):
 
 def checked_input(x: Any) -> jax.Array:
     """`x` as an array of one of the input dtypes."""
-    x = jnp.asarray(x)
+    allowed = f"expected one of {', '.join(INPUT_DTYPES)}"
+    try:
+        x = jnp.asarray(x)
+    except (TypeError, ValueError):
+        raise TypeError(f"`x` is a {type(x).__name__} that makes no array: {allowed}.") from None
     if x.dtype.name not in INPUT_DTYPES:
-        raise TypeError(
-            f"`x` has dtype {x.dtype.name}: expected one of {', '.join(INPUT_DTYPES)}. "
-            "Convert it first, for example x.astype(jnp.float32)."
-        )
+        raise TypeError(f"`x` has dtype {x.dtype.name}: {allowed}. Convert it first: x.astype(jnp.float32).")
     return x
 
 
 def checked_axes(feature_axis: int | Sequence[int], ndim: int) -> Axes:
     """Feature axes counted from the front and in ascending order, and the axes left to reduce."""
-    given = tuple(feature_axis) if isinstance(feature_axis, Sequence) else (feature_axis,)
+    given = tuple(feature_axis) if isinstance(feature_axis, Sequence | np.ndarray) else (feature_axis,)
     try:
         axes = [operator.index(axis) for axis in given]
     except TypeError:
         raise TypeError(f"`feature_axis` is {feature_axis!r}: expected an int or a sequence of ints.") from None
     for axis in axes:
         if not -ndim <= axis < ndim:
-            raise ValueError(
-                f"`feature_axis` {axis} is out of range for x of {ndim} dimensions: expected {-ndim} to {ndim - 1}."
-            )
+            allowed = f"expected {-ndim} to {ndim - 1}" if ndim else "a scalar has no features, give x a batch axis"
+            raise ValueError(f"`feature_axis` {axis} is out of range for x of {ndim} dimensions: {allowed}.")
     feature = tuple(sorted(axis % ndim for axis in axes))
     if len(set(feature)) != len(feature):
         raise ValueError(f"`feature_axis` {feature_axis!r} names an axis twice: name it once.")
@@ -69,34 +68,31 @@ def check_reducible(shape: Sequence[int], axes: Axes, axis_name: Any) -> None:
 def checked_axis_name(axis_name: Any) -> Any:
     """The name of a mapped axis, or a tuple of names."""
     name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
-    if not isinstance(name, Hashable):
-        raise TypeError(f"`axis_name` is {axis_name!r}: expected the name of a mapped axis, or a tuple of names.")
+    for each in name if isinstance(name, tuple) else (name,):
+        if isinstance(each, int) or not isinstance(each, Hashable):
+            raise TypeError(f"`axis_name` is {axis_name!r}: expected the name of a mapped axis, or a tuple of names.")
     return name
 
 
-def check_vectors(name: str, vectors: Any, shape: Sequence[int], axes: Axes) -> None:
-    """Each array of a NamedTuple of per-feature vectors has the feature shape of x and a float dtype."""
-    expected = axes.features(shape)
-    for field, vector in zip(vectors._fields, vectors, strict=True):
-        if vector is None or field == "count":
-            continue
-        if not jnp.issubdtype(jnp.result_type(vector), jnp.floating):
-            raise TypeError(f"`{name}.{field}` has dtype {jnp.result_type(vector).name}: expected a float dtype.")
-        if jnp.shape(vector) != expected:
-            raise ValueError(
-                f"`{name}.{field}` has shape {jnp.shape(vector)}, but x of shape {tuple(shape)} has features of shape "
-                f"{expected} on `feature_axis` {axes.feature}: make them with jbn.init({expected}), "
-                "or name the right `feature_axis`."
-            )
-
-
-def check_tuple(name: str, value: Any, fields: Sequence[str]) -> None:
+def check_type(name: str, value: Any, kind: type) -> None:
     """`value` is one of jbn's NamedTuples."""
-    if not all(hasattr(value, field) for field in fields):
-        raise TypeError(
-            f"`{name}` is a {type(value).__name__} without {', '.join(fields)}: "
-            f"expected jbn.{name.capitalize()}({', '.join(fields)}), as jbn.init makes it."
-        )
+    if not isinstance(value, kind):
+        fields = ", ".join(kind._fields)
+        raise TypeError(f"`{name}` is a {type(value).__name__}: expected jbn.{kind.__name__}({fields}).")
+
+
+def check_vectors(name: str, vectors: Any, expected: tuple[int, ...], why: str) -> None:
+    """Each array of a NamedTuple of per-feature vectors is a float array of the expected shape; `count` is a scalar."""
+    for field, vector in zip(vectors._fields, vectors, strict=True):
+        if vector is None and name == "params":
+            continue
+        shape = () if field == "count" else expected
+        if not isinstance(vector, Numeric):
+            raise TypeError(f"`{name}.{field}` is {vector!r}: expected an array of shape {shape}.")
+        if jnp.shape(vector) != shape:
+            raise ValueError(f"`{name}.{field}` has shape {jnp.shape(vector)}: expected {shape}, {why}.")
+        if field != "count" and not jnp.issubdtype(jnp.result_type(vector), jnp.floating):
+            raise TypeError(f"`{name}.{field}` has dtype {jnp.result_type(vector).name}: expected a float dtype.")
 
 
 def checked_features(features: Any) -> tuple[int, ...]:
@@ -113,9 +109,9 @@ def checked_features(features: Any) -> tuple[int, ...]:
 
 def checked_state_dtype(name: str, dtype: Any) -> Any:
     """Running statistics in half precision stop moving, so they are refused."""
-    if jnp.dtype(dtype).name not in STATE_DTYPES:
+    if _dtype_name(dtype) not in STATE_DTYPES:
         raise TypeError(
-            f"`{name}` is {jnp.dtype(dtype).name}: expected {' or '.join(STATE_DTYPES)}, since running statistics "
+            f"`{name}` is {_dtype_name(dtype)}: expected {' or '.join(STATE_DTYPES)}, since running statistics "
             "lose small updates in half precision. For low-precision compute give x in that dtype instead."
         )
     return jnp.dtype(dtype)
@@ -165,13 +161,35 @@ def check_train(train: Any) -> None:
 
 
 def checked_epsilon(epsilon: Any) -> float:
-    """A concrete, positive, finite number that float32 can tell from 0."""
-    if isinstance(epsilon, Tracer) or not isinstance(epsilon, numbers.Real | np.ndarray | jax.Array):
-        raise TypeError(f"`epsilon` is {epsilon!r}: expected a Python number such as 1e-5, not a traced value.")
-    value = float(epsilon)
-    if not (value >= float(np.finfo(np.float32).tiny) and math.isfinite(value)):
-        raise ValueError(f"`epsilon` is {value}: expected a finite number of at least 1.2e-38, such as 1e-5.")
+    """A concrete, positive number that float32 can hold."""
+    if isinstance(epsilon, Tracer):
+        raise TypeError("`epsilon` is traced: expected a Python number such as 1e-5, bound before jit.")
+    if not _is_number(epsilon):
+        raise TypeError(f"`epsilon` is {epsilon!r}: expected a number such as 1e-5.")
+    value, limits = float(epsilon), np.finfo(np.float32)
+    if not float(limits.tiny) <= value <= float(limits.max):
+        raise ValueError(f"`epsilon` is {value}: expected a positive number that float32 can hold, such as 1e-5.")
     return value
+
+
+def checked_momentum(name: str, momentum: Any) -> float:
+    """A concrete share of the old value."""
+    if not _is_number(momentum):
+        raise TypeError(
+            f"`{name}` is {momentum!r}: expected a number in [0, 1], or where a schedule is allowed a function "
+            "count -> momentum, such as jbn.momentum.warmup(0.99)."
+        )
+    number = float(momentum)
+    if not 0 <= number <= 1:
+        raise ValueError(
+            f"`{name}` is {number}: expected a number in [0, 1], the share of the old value to keep. "
+            "PyTorch's momentum is one minus this: see jbn.momentum.from_torch."
+        )
+    return number
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Numeric) and np.ndim(value) == 0
 
 
 def check_running_var(running_var: Any) -> None:
@@ -198,9 +216,17 @@ def checked_dtype(dtype: Any, default: Any) -> Any:
     """The dtype of the result."""
     if dtype is None:
         return default
-    if jnp.dtype(dtype).name not in INPUT_DTYPES:
-        raise TypeError(f"`dtype` is {jnp.dtype(dtype).name}: expected one of {', '.join(INPUT_DTYPES)}, or None.")
+    if _dtype_name(dtype) not in INPUT_DTYPES:
+        raise TypeError(f"`dtype` is {_dtype_name(dtype)}: expected one of {', '.join(INPUT_DTYPES)}, or None.")
     return jnp.dtype(dtype)
+
+
+def _dtype_name(dtype: Any) -> str:
+    """The name of a dtype, or what was given instead of one."""
+    try:
+        return jnp.dtype(dtype).name
+    except TypeError:
+        return repr(dtype)
 
 
 def checked_groups(ghost_batch_size: Any, shape: Sequence[int], axes: Axes) -> int:

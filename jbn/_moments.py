@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from jbn import _arguments
 from jbn._collectives import AxisName, sum_over
+from jbn._shift import shift_row
 
 
 class Moments(NamedTuple):
@@ -97,12 +98,13 @@ def merge(*moments: Moments) -> Moments:
     n = na + nb,  mean = ma + d*nb/n,  var = (na*va + nb*vb + d**2 * na*nb/n) / n,  d = mb - ma, for any number of them.
 
     Args:
-        *moments: Moments of one feature shape; one with count 0 changes nothing.
+        *moments: Moments of one feature shape; one with count 0 changes nothing, whatever it holds.
 
     Returns:
         Moments of the union, of the same shape.
 
     Raises:
+        TypeError: something that is no Moments.
         ValueError: no moments, or moments of different shapes.
 
     Example:
@@ -118,16 +120,15 @@ def merge(*moments: Moments) -> Moments:
     """
     if not moments:
         raise ValueError("`merge` got no moments: expected at least one jbn.Moments.")
+    for part in moments:
+        _arguments.check_type("moments", part, Moments)
     shapes = [jnp.shape(part.mean) for part in moments]
     if len(set(shapes)) > 1:
         raise ValueError(f"`moments` have means of shapes {shapes}: expected one shape for all.")
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(Moments(*part) for part in moments))
-    parts = ShiftedMoments(
-        shift=stacked.mean,
-        offset=jnp.zeros_like(stacked.mean),
-        var=stacked.var,
-        count=jnp.expand_dims(stacked.count, range(1, stacked.mean.ndim)),
-    )
+    count = jnp.expand_dims(stacked.count, range(1, stacked.mean.ndim))
+    mean, var = (jnp.where(count > 0, leaf, jnp.zeros((), leaf.dtype)) for leaf in (stacked.mean, stacked.var))
+    parts = ShiftedMoments(shift=mean, offset=jnp.zeros_like(mean), var=var, count=count)
     return rounded(union(parts, sum_first_axis), shapes[0])
 
 
@@ -148,7 +149,7 @@ def shifted_moments(
     else:
         repeats = math.prod(x.shape[axis] for axis in reduced if mask.shape[axis] == 1)
         count = jnp.sum(mask, axis=reduced, keepdims=True, dtype=jnp.int32).astype(dtype) * repeats
-    shift = jax.lax.stop_gradient(_shift(x, mask, reduced, count))
+    shift = jax.lax.stop_gradient(shift_row(x, mask, reduced, count))
     x = x if mask is None else jnp.where(mask, x, shift)
     shift = shift.astype(dtype)
     centered = x.astype(dtype) - shift
@@ -189,55 +190,3 @@ def no_moments(x: jax.Array, features: tuple[int, ...]) -> Moments:
     """The moments of no values."""
     dtype = arithmetic_dtype(x)
     return Moments(jnp.zeros(features, dtype), jnp.zeros(features, dtype), jnp.zeros((), dtype))
-
-
-def _shift(x: jax.Array, mask: jax.Array | None, reduced: tuple[int, ...], count: jax.Array) -> jax.Array:
-    """A value of the data near each feature's mean: the median of three rows, since one row alone may be an outlier."""
-    if not reduced:
-        return x if mask is None else jnp.where(mask, x, jnp.zeros((), x.dtype))
-    if mask is None:
-        return _median_of_three(*_leading_rows(x, reduced))
-    return jnp.where(count > 0, _median_of_three(*_valid_rows(x, mask, reduced)), jnp.zeros((), x.dtype))
-
-
-def _median_of_three(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
-    return jnp.maximum(jnp.minimum(a, b), jnp.minimum(jnp.maximum(a, b), c))
-
-
-def _leading_rows(x: jax.Array, reduced: tuple[int, ...]) -> list[jax.Array]:
-    """The first three rows along the last reduced axis that has three; where none has, the last one is repeated.
-
-    Neighbours, each sliced from x itself: scattered rows of a sharded batch, or slices of a slice of it, would be sent
-    from device to device.
-    """
-    sizes = {axis: x.shape[axis] for axis in reversed(reduced)}
-    along = next((axis for axis, size in sizes.items() if not isinstance(size, int) or size >= 3), reduced[-1])
-    size = sizes.pop(along)
-    for axis in sizes:
-        x = jax.lax.slice_in_dim(x, 0, 1, axis=axis)
-    if not isinstance(size, int):
-        return [jnp.take(x, jnp.minimum(jnp.arange(row, row + 1), size - 1), axis=along) for row in range(3)]
-    return [jax.lax.slice_in_dim(x, row, row + 1, axis=along) for row in (0, min(1, size - 1), min(2, size - 1))]
-
-
-def _valid_rows(x: jax.Array, mask: jax.Array, reduced: tuple[int, ...]) -> list[jax.Array]:
-    """The first, the second and the last valid row; any row where there is none.
-
-    Indexed with arrays: under automatic sharding that costs small all-reduces, where a scalar index, being a dynamic
-    slice, gathers the whole input.
-    """
-    index = jnp.zeros(mask.shape, jnp.int32)
-    strides = {axis: math.prod(mask.shape[axis + 1 :]) for axis in reduced}
-    for axis, stride in strides.items():
-        index += jax.lax.broadcasted_iota(jnp.int32, mask.shape, axis) * stride
-    last = jnp.max(jnp.where(mask, index, 0))
-    first = jnp.min(jnp.where(mask, index, last))
-    second = jnp.min(jnp.where(mask & (index > first), index, last))
-    picks = jnp.stack([first, second, last])
-    key: list[Any] = [slice(None)] * x.ndim
-    for axis, stride in strides.items():
-        key[axis] = picks // stride % mask.shape[axis]
-    rows = x.at[tuple(key)].get(mode="promise_in_bounds")
-    contiguous = reduced == tuple(range(reduced[0], reduced[-1] + 1))
-    rows = jnp.moveaxis(rows, reduced[0] if contiguous else 0, 0)
-    return [jnp.expand_dims(row, reduced) for row in rows]

@@ -86,8 +86,9 @@ def update(state: State, moments: Moments, *, momentum: float | Schedule = 0.99,
 
     new = momentum * old + (1 - momentum) * batch
 
-    A batch whose statistics are not finite in any channel, or that has no value, leaves the whole state as it was, and
-    so does a batch of one value under "unbiased". Unset statistics are replaced by the batch's biased moments.
+    A batch whose statistics are not finite in any feature, or that has no value, leaves the whole state as it was, and
+    so does a batch of one value under "unbiased". Unset statistics are replaced by the batch's biased moments. A
+    feature of the state that is not finite itself is a fault, and stays as it is.
 
     Args:
         state: the running statistics, of the feature shape.
@@ -101,7 +102,7 @@ def update(state: State, moments: Moments, *, momentum: float | Schedule = 0.99,
         State of the old one's dtype, not differentiated.
 
     Raises:
-        TypeError: half-precision state, or a momentum that is no number.
+        TypeError: half-precision state, something that is no State or Moments, or a momentum that is no number.
         ValueError: momentum outside [0, 1], unknown running_var, or shapes that differ.
 
     Example:
@@ -115,17 +116,18 @@ def update(state: State, moments: Moments, *, momentum: float | Schedule = 0.99,
     Source:
         Ioffe and Szegedy, Batch Normalization, 2015, section 3.1; "total" is the law of total variance.
     """
-    check_update(state, running_var)
-    if jnp.shape(moments.mean) != jnp.shape(state.mean):
-        raise ValueError(
-            f"`moments.mean` has shape {jnp.shape(moments.mean)}, but `state.mean` has {jnp.shape(state.mean)}: "
-            "expected one shape for both."
-        )
+    _arguments.check_running_var(running_var)
+    _arguments.check_type("state", state, State)
+    _arguments.check_state_dtype(state)
+    _arguments.check_type("moments", moments, Moments)
+    features = jnp.shape(state.mean)
+    for name, vectors in (("state", state), ("moments", moments)):
+        _arguments.check_vectors(name, vectors, features, "the shape of `state.mean`")
     dtype = jnp.result_type(state.mean)
     count = _whole(state.count)
     kept = momentum_schedules.at(momentum, count, dtype)
-    batch = Moments(*(jnp.asarray(leaf).astype(dtype) for leaf in jax.lax.stop_gradient(moments)))
-    old_mean, old_var = (jnp.asarray(leaf).astype(dtype) for leaf in jax.lax.stop_gradient((state.mean, state.var)))
+    batch = Moments(*(jnp.asarray(leaf).astype(dtype) for leaf in moments))
+    old_mean, old_var = (jnp.asarray(leaf).astype(dtype) for leaf in (state.mean, state.var))
 
     unset = jnp.isneginf(old_var)
     taken_var = batch.var
@@ -138,12 +140,16 @@ def update(state: State, moments: Moments, *, momentum: float | Schedule = 0.99,
     var = jnp.where(unset, batch.var, var)
 
     enough = batch.count > (1 if running_var == "unbiased" else 0)
-    good = enough & jnp.all(jnp.isfinite(mean) & jnp.isfinite(var))
-    return State(
-        mean=jnp.where(good, mean, old_mean),
-        var=jnp.where(good, var, old_var),
+    good_batch = enough & jnp.all(jnp.isfinite(batch.mean) & jnp.isfinite(taken_var))
+    # A feature whose old statistics are a fault stays one, loudly, without holding up the others.
+    fault = ~(jnp.isfinite(old_mean) & (jnp.isfinite(old_var) | unset))
+    good = good_batch & jnp.all(fault | (jnp.isfinite(mean) & jnp.isfinite(var)))
+    new_state = State(
+        mean=jnp.where(good & ~fault, mean, old_mean),
+        var=jnp.where(good & ~fault, var, old_var),
         count=count + good.astype(jnp.int32),
     )
+    return jax.lax.stop_gradient(new_state)
 
 
 def unset(tree: Any) -> Any:
@@ -174,8 +180,9 @@ def unset(tree: Any) -> Any:
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
     names: dict[Any, set[str]] = {}
-    for path, _ in leaves:
-        names.setdefault(path[:-1], set()).add(_name(path))
+    for path, leaf in leaves:
+        if _name(path) == "count" or jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            names.setdefault(path[:-1], set()).add(_name(path))
     nodes = {parent for parent, found in names.items() if {"mean", "var"} <= found}
     if not nodes:
         raise ValueError("`tree` holds no statistics: expected a tree with nodes that have `mean` and `var`.")
@@ -185,13 +192,6 @@ def unset(tree: Any) -> Any:
         for path, leaf in leaves
     ]
     return structure.unflatten(marked)
-
-
-def check_update(state: State, running_var: str) -> None:
-    """What `update` refuses whatever the batch."""
-    _arguments.check_tuple("state", state, State._fields)
-    _arguments.check_state_dtype(state)
-    _arguments.check_running_var(running_var)
 
 
 def _average(kept: jax.Array, old: jax.Array, batch: jax.Array) -> jax.Array:

@@ -6,7 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
+
+from jbn._arguments import Numeric, checked_momentum
 
 Schedule = Callable[[Any], Any]
 
@@ -62,7 +65,7 @@ def warmup(momentum: float) -> Schedule:
     Source:
         Abadi et al., TensorFlow: tf.train.ExponentialMovingAverage with num_updates, which uses (1 + t) / (10 + t).
     """
-    kept = _checked("momentum", momentum)
+    kept = checked_momentum("momentum", momentum)
     average = cumulative()
     return lambda count: jnp.minimum(kept, average(count))
 
@@ -90,7 +93,7 @@ def debiased(momentum: float) -> Schedule:
     Source:
         Kingma and Ba, Adam, 2015, section 3.
     """
-    kept = _checked("momentum", momentum)
+    kept = checked_momentum("momentum", momentum)
     if kept == 1:
         return cumulative()
     if kept == 0:
@@ -111,13 +114,13 @@ def per_microbatch(momentum: float, microbatches: int) -> float:
 
     Args:
         momentum: share of the old value kept by a whole batch, in [0, 1].
-        microbatches: updates that shall weigh as one, at least 1.
+        microbatches: updates that shall weigh as one, an int of at least 1.
 
     Returns:
         The share of the old value to keep at each of them.
 
     Raises:
-        ValueError: momentum is not in [0, 1], or microbatches is less than 1.
+        ValueError: momentum is not in [0, 1], or microbatches is no int of at least 1.
 
     Example:
         >>> import jbn
@@ -127,9 +130,9 @@ def per_microbatch(momentum: float, microbatches: int) -> float:
     Source:
         (momentum ** (1/k)) ** k = momentum.
     """
-    kept = _checked("momentum", momentum)
-    if microbatches < 1:
-        raise ValueError(f"`microbatches` is {microbatches!r}: expected at least 1.")
+    kept = checked_momentum("momentum", momentum)
+    if not isinstance(microbatches, int) or microbatches < 1:
+        raise ValueError(f"`microbatches` is {microbatches!r}: expected an int of at least 1.")
     return kept ** (1 / microbatches)
 
 
@@ -155,7 +158,7 @@ def from_torch(momentum: float | None) -> float | Schedule:
     Source:
         PyTorch, BatchNorm: running = (1 - momentum) * running + momentum * batch.
     """
-    return cumulative() if momentum is None else 1 - _checked("momentum", momentum)
+    return cumulative() if momentum is None else 1 - checked_momentum("momentum", momentum)
 
 
 def at(momentum: Any, count: jax.Array, dtype: Any) -> jax.Array:
@@ -172,8 +175,8 @@ def at(momentum: Any, count: jax.Array, dtype: Any) -> jax.Array:
         Scalar array in [0, 1].
 
     Raises:
-        TypeError: momentum is neither a number nor a function.
-        ValueError: it is outside [0, 1], or not a scalar.
+        TypeError: momentum is neither a number nor a function to a scalar.
+        ValueError: it is outside [0, 1].
 
     Example:
         >>> import jax.numpy as jnp
@@ -184,32 +187,18 @@ def at(momentum: Any, count: jax.Array, dtype: Any) -> jax.Array:
     Source:
         jbn's own convention.
     """
-    value = momentum(count) if callable(momentum) else momentum
-    if not callable(momentum) and not isinstance(momentum, Tracer):
-        value = _checked("momentum", momentum)
-    value = jnp.asarray(value)
-    if value.shape != () or not (jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)):
-        raise ValueError(
-            f"`momentum` gives {value.dtype.name}{list(value.shape)}: expected a number, or a function from the "
-            "count of updates to a scalar."
-        )
-    return jnp.clip(value.astype(dtype), 0, 1)
-
-
-def _checked(name: str, value: Any) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
+    if momentum in (cumulative, warmup, debiased, per_microbatch, from_torch):
         raise TypeError(
-            f"`{name}` is {value!r}: expected a number in [0, 1], or where a schedule is allowed a function "
-            "count -> momentum, such as jbn.momentum.warmup(0.99)."
-        ) from None
-    if not 0 <= number <= 1:
-        raise ValueError(
-            f"`{name}` is {number}: expected a number in [0, 1], the share of the old value to keep. "
-            "PyTorch's momentum is one minus this: see jbn.momentum.from_torch."
+            f"`momentum` is jbn.momentum.{momentum.__name__} itself: call it, as in jbn.momentum.warmup(0.99)."
         )
-    return number
+    if not callable(momentum) and not isinstance(momentum, Tracer):
+        momentum = checked_momentum("momentum", momentum)
+    value: Any = momentum(count) if callable(momentum) else momentum
+    if not isinstance(value, Numeric) or np.shape(value) != ():
+        raise TypeError(
+            f"`momentum` gives {value!r}: expected a number, or a function from the count of updates to a scalar."
+        )
+    return jnp.clip(jnp.asarray(value).astype(dtype), 0, 1)
 
 
 def _as_float(count: Any) -> jax.Array:

@@ -74,7 +74,11 @@ REFUSED = {
     "momentum above 1": (dict(momentum=1.01), ValueError, ["`momentum` is 1.01", "[0, 1]", "from_torch"]),
     "momentum negative": (dict(momentum=-0.1), ValueError, ["`momentum` is -0.1"]),
     "momentum none": (dict(momentum=None), TypeError, ["`momentum` is None", "warmup"]),
-    "momentum of channels": (dict(momentum=lambda count: jnp.ones(3)), ValueError, ["`momentum` gives float32[3]"]),
+    "momentum of channels": (dict(momentum=lambda count: jnp.ones(3)), TypeError, ["`momentum` gives Array([1"]),
+    "momentum of nothing": (dict(momentum=lambda count: None), TypeError, ["`momentum` gives None", "scalar"]),
+    "momentum uncalled": (dict(momentum=jbn.momentum.warmup), TypeError, ["jbn.momentum.warmup itself", "call it"]),
+    "momentum uncalled, no arguments": (dict(momentum=jbn.momentum.cumulative), TypeError, ["cumulative itself"]),
+    "momentum text": (dict(momentum="0.9"), TypeError, ["`momentum` is '0.9'"]),
     "ghost size": (dict(ghost_batch_size=3), ValueError, ["`ghost_batch_size` is 3", "8 examples", "divisor of 8"]),
     "ghost size 0": (dict(ghost_batch_size=0), ValueError, ["`ghost_batch_size` is 0"]),
     "ghost size a float": (dict(ghost_batch_size=2.0), TypeError, ["`ghost_batch_size` is 2.0"]),
@@ -83,13 +87,28 @@ REFUSED = {
         ValueError,
         ["`ghost_batch_size`", "first axis"],
     ),
+    "x none": (dict(x=None), TypeError, ["`x` is a NoneType", "float32"]),
+    "x text": (dict(x="abc"), TypeError, ["`x` is a str"]),
+    "x ragged": (dict(x=[[1.0], [1.0, 2.0]]), TypeError, ["`x` is a list", "float32"]),
+    "x a scalar": (dict(x=np.float32(1)), ValueError, ["`feature_axis` -1", "batch axis"]),
+    "list of params": (dict(params=jbn.Params([1.0], None)), TypeError, ["`params.scale` is [1.0]", "(3,)"]),
+    "mean none": (with_state(mean=None), TypeError, ["`state.mean` is None", "array of shape (3,)"]),
+    "count none": (with_state(count=None), TypeError, ["`state.count` is None", "shape ()"]),
+    "count of channels": (with_state(count=jnp.zeros(3, jnp.int32)), ValueError, ["`state.count` has shape (3,)"]),
+    "epsilon above float32": (dict(epsilon=1e39), ValueError, ["`epsilon` is 1e+39"]),
+    "epsilon none": (dict(epsilon=None), TypeError, ["`epsilon` is None", "1e-5"]),
+    "epsilon of channels": (dict(epsilon=np.full(3, 1e-5)), TypeError, ["`epsilon` is array", "number"]),
+    "dtype text": (dict(dtype="foo"), TypeError, ["`dtype` is 'foo'", "bfloat16"]),
+    "activation text": (dict(activation="relu"), TypeError, ["`activation` is 'relu'", "jax.nn.relu"]),
+    "activation of numpy": (dict(activation=np.tanh), TypeError, ["`activation` is <ufunc 'tanh'>", "jax"]),
+    "axis_name a number": (dict(axis_name=0), TypeError, ["`axis_name` is 0", "name of a mapped axis"]),
     "running_var": (dict(running_var="unbias"), ValueError, ["`running_var` is 'unbias'", "'unbiased'", "'total'"]),
     "activation that reduces": (dict(activation=jnp.sum), ValueError, ["`activation` turns float32[8, 16, 3]", "relu"]),
     "activation to integers": (dict(activation=jnp.isfinite), ValueError, ["`activation`", "bool"]),
     "activation of two": (dict(activation=lambda y: (y, y)), ValueError, ["`activation`"]),
     "dtype": (dict(dtype=jnp.int8), TypeError, ["`dtype` is int8", "bfloat16"]),
     "train a number": (dict(train=1), TypeError, ["`train` is 1", "True"]),
-    "axis name": (dict(axis_name={}), TypeError, ["`axis_name` is {}", "tuple of names"]),
+    "axis_name a dict": (dict(axis_name={}), TypeError, ["`axis_name` is {}", "tuple of names"]),
     "unbound axis": (dict(axis_name="devices"), NameError, ["`axis_name` is 'devices'", "shard_map", "vmap"]),
 }
 
@@ -102,7 +121,7 @@ def test_refusals_of_batch_norm(arguments, error, words):
         assert word in str(caught.value)
 
 
-TRAINING_ONLY = ("nothing to reduce", "momentum", "ghost", "running_var", "unbound axis", "axis name", "train")
+TRAINING_ONLY = ("nothing to reduce", "momentum of", "momentum uncalled", "ghost", "unbound axis", "axis_name", "train")
 
 
 @pytest.mark.parametrize("name", [name for name in REFUSED if not name.startswith(TRAINING_ONLY)])
@@ -119,7 +138,7 @@ def test_traced_train():
 
 
 def test_traced_epsilon():
-    with pytest.raises(TypeError, match=r"`epsilon`.*not a traced value"):
+    with pytest.raises(TypeError, match=r"`epsilon` is traced: expected a Python number"):
         jax.jit(lambda epsilon: call(epsilon=epsilon))(1e-5)
 
 
@@ -141,6 +160,19 @@ def test_ghost_batches_need_a_known_batch():
     spec = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("b"), 3), jnp.float32)
     with pytest.raises(ValueError, match="`ghost_batch_size` needs a batch of known size"):
         jax.export.export(jax.jit(lambda x: call(x=x, ghost_batch_size=2)))(spec)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (lambda m, s: (m, s), "`state` is a Moments: expected jbn.State"),
+        (lambda m, s: (s, None), "`moments` is a NoneType: expected jbn.Moments"),
+        (lambda m, s: (s, s), "`moments` is a State: expected jbn.Moments"),
+    ],
+)
+def test_refusals_of_update(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        jbn.update(*arguments(jbn.moments(X), jbn.init(3)[1]))
 
 
 @pytest.mark.parametrize("train", [True, np.True_, False, np.False_])

@@ -47,6 +47,27 @@ def test_an_outlier_before_short_axes(rng, shape):
     np.testing.assert_allclose(moments(x.reshape(shape)).var, expected.var, rtol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(64, 64, 64, 2), (64, 4096, 2), (2, 1, 512, 256, 2)])
+def test_blank_edges_of_every_example(rng, shape):
+    x = (rng.normal(size=shape) + 1e4).astype(np.float32)
+    x[..., :8, :] = 0
+    x[:, 0] = 0
+    np.testing.assert_allclose(moments(x).var, reference.batch_norm(x).var, rtol=1e-5)
+    blank = (rng.normal(size=shape) + 1e4).astype(np.float32)
+    blank[0].reshape(-1, 2)[:8] = 0
+    np.testing.assert_allclose(moments(blank).var, reference.batch_norm(blank).var, rtol=1e-5)
+
+
+@pytest.mark.parametrize("feature_axis", [(0, 2), (0, 3), (1, 3), 2])
+def test_masks_beside_features_in_between(rng, feature_axis):
+    x = (rng.normal(size=(4, 5, 3, 6)) + 1e4).astype(np.float32)
+    feature = reference.feature_axes(feature_axis, 4)
+    mask = rng.random([n for axis, n in enumerate(x.shape) if axis not in feature]) < 0.5
+    x[~np.broadcast_to(np.expand_dims(mask, feature), x.shape)] = np.nan
+    expected = reference.batch_norm(x, feature_axis=feature_axis, mask=mask)
+    np.testing.assert_allclose(moments(x, feature_axis=feature_axis, mask=mask).var, expected.var, rtol=1e-5)
+
+
 @pytest.mark.parametrize("layout", ["left padding", "right padding", "scattered", "one value", "last value"])
 def test_padding_of_any_layout_is_exact(rng, layout):
     x = (rng.normal(size=(6, 50, 3)) + 1e4).astype(np.float32)
@@ -140,10 +161,14 @@ def test_merge_ignores_what_is_empty(rng):
     batch, nothing = jbn.moments(x), jbn.moments(x[:0])
     union = jbn.merge(nothing, batch, nothing)
     assert_moments(union, batch, x)
+    unknown = jbn.Moments(jnp.full(3, jnp.nan), jnp.full(3, -jnp.inf), jnp.float32(0))
+    assert_moments(jbn.merge(unknown, batch), batch, x)
 
 
 def test_merge_refuses():
     with pytest.raises(ValueError, match="at least one"):
         jbn.merge()
+    with pytest.raises(TypeError, match=r"`moments` is a list.*expected jbn.Moments"):
+        jbn.merge([jbn.moments(jnp.ones((4, 3)))])
     with pytest.raises(ValueError, match=r"shapes \[\(3,\), \(2,\)\]"):
         jbn.merge(jbn.moments(jnp.ones((4, 3))), jbn.moments(jnp.ones((4, 2))))

@@ -155,7 +155,9 @@ def test_traced_momentum_is_clipped(rng, value):
 
 
 def test_update_refuses_other_shapes(rng):
-    with pytest.raises(ValueError, match=r"`moments.mean` has shape \(3,\), but `state.mean` has \(2,\)"):
+    with pytest.raises(
+        ValueError, match=r"`moments.mean` has shape \(3,\): expected \(2,\), the shape of `state.mean`"
+    ):
         jbn.update(jbn.init(2)[1], batch(rng))
 
 
