@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import jax
 
 import jbn
-from jbn.demo.options import Options, check
+from jbn.demo.options import OptionError, Options, check
 
 if TYPE_CHECKING:
     from jbn.demo.loop import Look
@@ -31,7 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if (error.name or "jbn").startswith("jbn"):
             raise
         parser.exit(1, f"jbn train needs {error.name}, which is not installed: pip install 'jbn[demo]'\n")
-    except (ValueError, OSError) as error:
+    except KeyboardInterrupt:
+        parser.exit(130, "\njbn train: interrupted, nothing was written\n")
+    except OptionError as error:
         parser.error(str(error))
 
 
@@ -69,7 +71,10 @@ def _train(options: Options) -> int:
     digits = data.load()
     check(options, examples=len(digits.train.labels), devices=jax.local_device_count())
     folder = Path(options.out)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError(f"--out is {folder}, where no folder can be made: {error.strerror}.") from None
     with _progress(options.steps) as watch:
         result = loop.train(options, digits, watch)
     paths = [
@@ -84,7 +89,11 @@ def _train(options: Options) -> int:
 
 def _make_cpu_devices(devices: int | None) -> None:
     """Let a CPU stand for several devices, which JAX allows until it is first used."""
-    if devices is not None and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    if (
+        devices is not None
+        and devices > 0
+        and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
+    ):
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", devices)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import chex
 import jax
@@ -11,6 +12,7 @@ import orbax.checkpoint
 import pytest
 
 import jbn
+from jbn import cli
 from jbn.cli import main
 from jbn.demo import data, loop, model, report
 from jbn.demo.options import Options, momentum_from_text
@@ -34,6 +36,11 @@ def lesson(digits):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         options = {text: Options(momentum=text, steps=60, devices=1) for text in ("0.999", "0.9", "warmup:0.999")}
         return {text: (chosen, loop.train(chosen, digits, lambda look: None)) for text, chosen in options.items()}
+
+
+def words(lines):
+    """The lines as one, however they were wrapped."""
+    return " ".join(" ".join(lines).split())
 
 
 def last_look(lesson, momentum):
@@ -60,18 +67,22 @@ def test_warmup_recovers_most_of_it(lesson):
 
 
 def test_closing_lines_say_what_to_do(lesson):
-    collapsed = "\n".join(report.closing_lines(*lesson["0.999"]))
+    collapsed = words(report.closing_lines(*lesson["0.999"]))
     assert f"{0.999**60:.1%} of the running statistics is still the initial" in collapsed
     assert "--momentum warmup:0.999" in collapsed
     options, result = lesson["warmup:0.999"]
     stale = result.looks[-1]._replace(held_out_running=0.9, held_out_batch=0.97)
-    lines = "\n".join(report.closing_lines(options, result._replace(looks=[stale])))
+    lines = words(report.closing_lines(options, result._replace(looks=[stale])))
     assert "0.0% of the running statistics is still the initial" in lines
     assert "what remains is early batches" in lines
     good = result._replace(looks=[stale._replace(held_out_running=0.97)])
     assert "Nothing: inference keeps" in report.closing_lines(options, good)[-1]
     diverged = result._replace(looks=[stale._replace(loss=math.nan)])
     assert "lower --learning-rate" in report.closing_lines(options, diverged)[-1]
+    untrained = result._replace(looks=[stale._replace(held_out_batch=0.4)])
+    assert "not trained yet" in report.closing_lines(options, untrained)[-1]
+    for entry in report.closing_lines(*lesson["0.999"]):
+        assert all(len(line) <= report.WIDTH for line in entry.splitlines())
 
 
 def test_looks_hold_what_the_norm_saw(lesson):
@@ -93,7 +104,7 @@ def test_memory_of_an_average(steps):
     start, age = report.memory("cumulative", steps)
     assert start == 0
     np.testing.assert_allclose(age, (steps - 1) / 2, rtol=1e-4)
-    assert report.memory("1", steps) == (1, 0)
+    assert report.memory("1", steps) == report.memory("0.9", 0) == (1, 0)
 
 
 def test_devices_share_their_statistics(digits):
@@ -112,7 +123,7 @@ def test_command_line_writes_and_tells(tmp_path, capsys):
     assert (out / "picture.png").read_bytes().startswith(b"\x89PNG")
     history = json.loads((out / "history.json").read_text())
     assert len(history["loss"]) == len(history["train_accuracy"]) == 12
-    assert history["seed"] == 0
+    assert history["options"]["seed"] == 0
     assert history["options"]["momentum"] == "cumulative"
     assert history["versions"]["jax"] == jax.__version__
     assert history["device"] == ["cpu"]
@@ -126,16 +137,19 @@ def test_command_line_writes_and_tells(tmp_path, capsys):
 
 
 REFUSED = {
-    "momentum too large": (["--momentum", "1.5"], "`momentum` is '1.5'"),
+    "momentum too large": (["--momentum", "1.5"], "--momentum is '1.5'"),
     "unknown schedule": (["--momentum", "slow:0.9"], "warmup:0.99"),
-    "no number": (["--momentum", "warmup"], "`momentum` is 'warmup'"),
-    "running_var": (["--running-var", "half"], "`running_var` is 'half'"),
-    "steps": (["--steps", "0"], "`steps` is 0"),
+    "no number": (["--momentum", "warmup"], "--momentum is 'warmup'"),
+    "running_var": (["--running-var", "half"], "--running-var is 'half'"),
+    "steps": (["--steps", "0"], "--steps is 0"),
     "batch too large": (["--batch-size", "2000"], "at most 1437"),
     "uneven batch": (["--batch-size", "100", "--devices", "3"], "a multiple of 3"),
-    "devices": (["--devices", "99"], "`devices` is 99: expected at most 8"),
-    "learning rate": (["--learning-rate", "-1"], "`learning_rate` is -1.0"),
-    "seed": (["--seed", "-1"], "`seed` is -1"),
+    "devices": (["--devices", "99"], "--devices is 99: expected at most 8"),
+    "learning rate": (["--learning-rate", "-1"], "--learning-rate is -1.0"),
+    "no devices": (["--devices", "0"], "--devices is 0: expected at least 1"),
+    "seed": (["--seed", "-1"], "--seed is -1"),
+    "large seed": (["--seed", str(2**70)], "expected 0 to 4294967295"),
+    "no folder": (["--out", "/proc/nowhere"], "--out is /proc/nowhere, where no folder can be made"),
 }
 
 
@@ -155,6 +169,61 @@ def test_command_line_keeps_a_file_that_is_in_the_way(tmp_path, capsys):
         main(["train", "--out", str(path)])
     assert "which is a file" in capsys.readouterr().err
     assert path.read_text() == "mine"
+
+
+def test_command_line_replaces_its_own_checkpoint_and_no_other(tmp_path, capsys):
+    theirs = tmp_path / "checkpoint" / "mine.txt"
+    theirs.parent.mkdir()
+    theirs.write_text("mine")
+    with pytest.raises(SystemExit):
+        main(["train", "--out", str(tmp_path)])
+    assert "is no checkpoint of jbn train" in capsys.readouterr().err
+    assert theirs.read_text() == "mine"
+
+
+def test_a_run_that_diverges_says_so(tmp_path, capsys):
+    out = tmp_path / "run"
+    arguments = ["train", "--steps", "4", "--learning-rate", "1e30", "--devices", "1", "--out", str(out)]
+    for _ in range(2):
+        assert main(arguments) == 1
+    printed = words(capsys.readouterr().out.splitlines())
+    assert "lower --learning-rate" in printed
+    assert "1 update in 4 steps" in printed
+    history = json.loads((out / "history.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert history["loss"][-1] is None
+    assert history["looks"][-1]["batch"]["mean"] == [None] * loop.CHANNELS
+
+
+def test_an_interrupted_run_ends_quietly(tmp_path, capsys, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "train", interrupt)
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--out", str(tmp_path)])
+    assert ended.value.code == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_a_missing_extra_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "jbn.demo.data")
+    monkeypatch.delattr(jbn.demo, "data")
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--out", str(tmp_path)])
+    assert ended.value.code == 1
+    assert "pip install 'jbn[demo]'" in capsys.readouterr().err
+
+
+def test_a_terminal_gets_a_bar(monkeypatch, capsys, lesson):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with cli._progress(60) as watch:
+        for look in lesson["0.9"][1].looks:
+            watch(look)
+    captured = capsys.readouterr()
+    assert "60/60" in captured.err
+    assert "held out" in captured.err
+    assert captured.out == ""
 
 
 def test_version(capsys):

@@ -82,5 +82,7 @@ def train(options: Options, digits: data.Digits, watch: Callable[[Look], None]) 
 
 
 def _watched(state: model.Tree) -> Watched:
+    """The watched channels; NaN where the statistics are still unset, because the batch was not finite."""
     norm = jax.device_get(state[WATCHED])
-    return Watched(norm.mean[:CHANNELS].tolist(), norm.var[:CHANNELS].tolist())
+    known = np.isfinite(norm.var[:CHANNELS])
+    return Watched(*(np.where(known, values[:CHANNELS], np.nan).tolist() for values in (norm.mean, norm.var)))

@@ -10,6 +10,10 @@ from jbn.momentum import Schedule
 SCHEDULES = {"warmup": jbn.momentum.warmup, "debiased": jbn.momentum.debiased}
 
 
+class OptionError(ValueError):
+    """An option that cannot be met; the message names it, what it got and what is allowed."""
+
+
 class Options(NamedTuple):
     """Options of `jbn train`, as they are written on the command line; `devices` None is all that JAX finds."""
 
@@ -32,9 +36,9 @@ def momentum_from_text(text: str) -> float | Schedule:
     try:
         value = float(number)
     except ValueError:
-        raise ValueError(f"`momentum` is {text!r}: {allowed}.") from None
+        raise OptionError(f"--momentum is {text!r}: {allowed}.") from None
     if (colon and name not in SCHEDULES) or not 0 <= value <= 1:
-        raise ValueError(f"`momentum` is {text!r}: {allowed}.")
+        raise OptionError(f"--momentum is {text!r}: {allowed}.")
     return SCHEDULES[name](value) if colon else value
 
 
@@ -42,23 +46,33 @@ def check(options: Options, examples: int, devices: int) -> None:
     """Refuse what cannot be run with so many training examples and devices, before any work."""
     momentum_from_text(options.momentum)
     if options.running_var not in RUNNING_VAR:
-        raise ValueError(f"`running_var` is {options.running_var!r}: expected one of {', '.join(RUNNING_VAR)}.")
+        raise OptionError(f"--running-var is {options.running_var!r}: expected one of {', '.join(RUNNING_VAR)}.")
     chosen = devices if options.devices is None else options.devices
-    for name, value in (("batch_size", options.batch_size), ("steps", options.steps), ("devices", chosen)):
+    for name, value in (("--batch-size", options.batch_size), ("--steps", options.steps), ("--devices", chosen)):
         if value < 1:
-            raise ValueError(f"`{name}` is {value}: expected at least 1.")
+            raise OptionError(f"{name} is {value}: expected at least 1.")
     if chosen > devices:
-        raise ValueError(f"`devices` is {chosen}: expected at most {devices}, as many as JAX finds here.")
+        raise OptionError(f"--devices is {chosen}: expected at most {devices}, as many as JAX finds here.")
     if options.batch_size > examples:
-        raise ValueError(f"`batch_size` is {options.batch_size}: expected at most {examples}, the training set's size.")
+        raise OptionError(
+            f"--batch-size is {options.batch_size}: expected at most {examples}, the training set's size."
+        )
     if options.batch_size % chosen:
-        raise ValueError(
-            f"`batch_size` is {options.batch_size}, which {chosen} devices cannot share evenly: "
+        raise OptionError(
+            f"--batch-size is {options.batch_size}, which {chosen} devices cannot share evenly: "
             f"expected a multiple of {chosen}."
         )
     if not 0 < options.learning_rate < float("inf"):
-        raise ValueError(f"`learning_rate` is {options.learning_rate}: expected a positive number.")
-    if options.seed < 0:
-        raise ValueError(f"`seed` is {options.seed}: expected at least 0.")
-    if Path(options.out).exists() and not Path(options.out).is_dir():
-        raise ValueError(f"`out` is {options.out}, which is a file: expected a folder, which need not exist yet.")
+        raise OptionError(f"--learning-rate is {options.learning_rate}: expected a positive number.")
+    if not 0 <= options.seed < 2**32:
+        raise OptionError(f"--seed is {options.seed}: expected 0 to {2**32 - 1}.")
+    _check_out(Path(options.out))
+
+
+def _check_out(out: Path) -> None:
+    """What an earlier run left may be replaced; nothing else."""
+    if out.exists() and not out.is_dir():
+        raise OptionError(f"--out is {out}, which is a file: expected a folder, which need not exist yet.")
+    checkpoint = out / "checkpoint"
+    if checkpoint.exists() and not (checkpoint / "_CHECKPOINT_METADATA").exists():
+        raise OptionError(f"--out is {out}, and {checkpoint} is no checkpoint of jbn train: name another folder.")

@@ -8,6 +8,8 @@ from matplotlib.figure import Figure
 from jbn.demo.loop import CHANNELS, WATCHED, Result
 from jbn.demo.options import Options
 
+FEW = 12
+
 
 def draw(folder: Path, options: Options, result: Result) -> Path:
     """Loss and accuracies by step above, running mean and variance of some channels below."""
@@ -26,8 +28,13 @@ def draw(folder: Path, options: Options, result: Result) -> Path:
     return path
 
 
+def _style(result: Result) -> str:
+    """Lines, with a mark at each look while they are few enough to be told apart."""
+    return "o-" if len(result.looks) <= FEW else "-"
+
+
 def _draw_loss(axes: Any, result: Result) -> None:
-    axes.plot(range(1, len(result.loss) + 1), result.loss, color="C0")
+    axes.plot(range(1, len(result.loss) + 1), result.loss, _style(result), color="C0")
     axes.set(title="training loss", xlabel="step", ylabel="cross-entropy (nats)", yscale="log")
 
 
@@ -36,12 +43,14 @@ def _draw_accuracies(axes: Any, result: Result) -> None:
     axes.plot(
         range(1, len(result.train_accuracy) + 1),
         result.train_accuracy,
+        _style(result),
         color="C0",
         alpha=0.35,
         label="training batch, its own statistics",
     )
-    axes.plot(steps, [look.held_out_batch for look in result.looks], color="C2", label="held out, its own statistics")
-    axes.plot(steps, [look.held_out_running for look in result.looks], color="C3", label="held out, running statistics")
+    for field, color, label in (("batch", "C2", "its own statistics"), ("running", "C3", "running statistics")):
+        accuracies = [getattr(look, f"held_out_{field}") for look in result.looks]
+        axes.plot(steps, accuracies, _style(result), color=color, label=f"held out, {label}")
     axes.set(title="accuracy", xlabel="step", ylabel="share correct", ylim=(-0.02, 1.02))
     axes.legend(loc="center right")
 
@@ -51,7 +60,7 @@ def _draw_statistic(axes: Any, result: Result, statistic: str, channel: int) -> 
     batch = [getattr(look.batch, statistic)[channel] for look in result.looks]
     running = [getattr(look.running, statistic)[channel] for look in result.looks]
     axes.plot(steps, batch, ".", color="0.6", label="batches")
-    axes.plot(steps, running, color="C3", label="running")
+    axes.plot(steps, running, _style(result), color="C3", label="running")
     axes.axhline(
         getattr(result.population, statistic)[channel], color="C2", linestyle="--", label="training set, final weights"
     )

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import math
 import platform
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ def write_history(folder: Path, options: Options, result: Result) -> Path:
     """Every step and look as JSON, with seed, options, versions and device."""
     history: dict[str, Any] = {
         "options": options._asdict(),
-        "seed": options.seed,
         "versions": {
             "jbn": jbn.__version__,
             "python": platform.python_version(),
@@ -36,8 +36,17 @@ def write_history(folder: Path, options: Options, result: Result) -> Path:
         "population": result.population._asdict(),
     }
     path = folder / "history.json"
-    path.write_text(json.dumps(history, indent=1) + "\n")
+    path.write_text(json.dumps(_finite_or_null(history), indent=1, allow_nan=False) + "\n")
     return path
+
+
+def _finite_or_null(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    if isinstance(value, dict):
+        return {key: _finite_or_null(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite_or_null(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_checkpoint(folder: Path, result: Result) -> Path:

@@ -1,6 +1,7 @@
 """The closing lines of a run: how good it is, what its running statistics hold, and what to do about it."""
 
 import math
+import textwrap
 from typing import NamedTuple
 
 import jax
@@ -8,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import jbn
-from jbn.demo.loop import Result
+from jbn.demo.loop import WATCHED, Result
 from jbn.demo.options import Options, momentum_from_text
 
 # One standard error of an accuracy of 98% on 360 held-out digits.
 NOTICEABLE = 0.0075
 FORGOTTEN = 0.01
+TRAINED = 0.9
+WIDTH = 110
 
 
 class Memory(NamedTuple):
@@ -23,37 +26,51 @@ class Memory(NamedTuple):
     age: float
 
 
-def memory(momentum: str, steps: int) -> Memory:
+def memory(momentum: str, updates: int) -> Memory:
     """The weights of a moving average: the start keeps the product of all momenta, a batch those after its own."""
+    if not updates:
+        return Memory(start=1.0, age=0.0)
     chosen = momentum_from_text(momentum)
-    kept = jax.vmap(lambda count: jbn.momentum.at(chosen, count, jnp.float32))(jnp.arange(steps))
+    kept = jax.vmap(lambda count: jbn.momentum.at(chosen, count, jnp.float32))(jnp.arange(updates))
     left = np.cumprod(np.asarray(kept, np.float64)[::-1])
     weight = (1 - np.asarray(kept, np.float64)[::-1]) * np.concatenate([[1.0], left[:-1]])
     gathered = weight.sum()
-    return Memory(start=float(left[-1]), age=float(np.arange(steps) @ weight / gathered) if gathered else 0.0)
+    return Memory(start=float(left[-1]), age=float(np.arange(updates) @ weight / gathered) if gathered else 0.0)
 
 
 def closing_lines(options: Options, result: Result) -> list[str]:
     """Lines that a person can act on."""
     last = result.looks[-1]
-    held = memory(options.momentum, options.steps)
-    return [
-        f"held-out accuracy   {last.held_out_running:6.1%} with the running statistics (inference)",
-        f"                    {last.held_out_batch:6.1%} with the held-out set's own statistics, as one batch",
-        f"start's weight      {held.start:6.1%} of the running statistics is still the initial mean 0 and variance 1 "
-        f"(momentum {options.momentum}, {options.steps} steps)",
-        f"batches' age        {held.age:6.1f} steps on average: older batches were made by other weights",
-        f"what to do          {_advice(options, result, held)}",
-    ]
+    updates = int(result.run.state[WATCHED].count)
+    held = memory(options.momentum, updates)
+    made = f"{updates} update{'s' if updates != 1 else ''}"
+    if updates < options.steps:
+        made += f" in {options.steps} steps: batches that are not finite leave the statistics alone"
+    entries = {
+        "held-out accuracy": f"{last.held_out_running:6.1%} with the running statistics (inference)",
+        "": f"{last.held_out_batch:6.1%} with the held-out set's own statistics, as one batch",
+        "start's weight": f"{held.start:6.1%} of the running statistics is still the initial mean 0 and variance 1 "
+        f"(momentum {options.momentum}, {made})",
+        "batches' age": f"{held.age:6.1f} steps on average: older batches were made by other weights",
+        "what to do": _advice(options, result, held),
+    }
+    return [_wrapped(name, text) for name, text in entries.items()]
+
+
+def _wrapped(name: str, text: str) -> str:
+    """A named line of at most WIDTH characters, its continuation under its text."""
+    return textwrap.fill(f"{name:<20}{text}", WIDTH, subsequent_indent=" " * 20, break_on_hyphens=False)
 
 
 def _advice(options: Options, result: Result, held: Memory) -> str:
     last = result.looks[-1]
     if not math.isfinite(last.loss):
         return "The loss is not finite: lower --learning-rate."
+    if last.held_out_batch < TRAINED:
+        return "The network itself is not trained yet, whichever statistics it uses: train for more --steps."
     if last.held_out_batch - last.held_out_running <= NOTICEABLE:
         return "Nothing: inference keeps what training reached."
-    faster = f"forget them faster with --momentum {_suggested(options.steps):.3g}, or train for more steps."
+    faster = f"forget them faster with --momentum {1 - min(1.0, 10 / options.steps):.3g}, or train for more --steps."
     if held.start <= FORGOTTEN:
         return f"Nothing is left of the start; what remains is early batches, which other weights made: {faster}"
     number = options.momentum.rpartition(":")[2]
@@ -61,8 +78,3 @@ def _advice(options: Options, result: Result, held: Memory) -> str:
         "The network is trained, its running statistics are not: training never sees them, inference depends on "
         f"nothing else. Remove the start's weight with --momentum warmup:{number}. Early batches remain: {faster}"
     )
-
-
-def _suggested(steps: int) -> float:
-    """A momentum that remembers about a tenth of the run."""
-    return 1 - min(1.0, 10 / steps)
