@@ -256,3 +256,35 @@ def test_what_varies_without_being_differentiated(mesh, rng, varying, activation
     out_spec = P("devices") if varying == "captured" else P()
     gradient = jax.jit(jax.shard_map(one_device, mesh=mesh, in_specs=specs, out_specs=out_spec))(x, own, valid)
     assert bool(jnp.all(jnp.isfinite(gradient)))
+
+
+def all_reduces(compiled):
+    text = compiled.as_text()
+    for unwanted in ("all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
+        assert f" {unwanted}(" not in text, unwanted
+    return text.count(" all-reduce(")
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_number_of_collectives_under_shard_map(mesh, masked):
+    x, mask = jnp.ones((16, 5, 3)), jnp.ones((16, 5), bool) if masked else None
+    params, state = jbn.init(3)
+
+    def forward(params, x, mask):
+        return jbn.batch_norm(params, state, x, True, mask=mask, axis_name="devices", activation=jax.nn.relu)
+
+    def backward(params, x, mask):
+        _, pull, _ = jax.vjp(lambda x: forward(params, x, mask), x, has_aux=True)
+        return pull(x)[0]
+
+    specs = (P(), P("devices"), P("devices"))
+    for function, out_specs, count in ((forward, (P("devices"), P()), 2), (backward, P("devices"), 3)):
+        mapped = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out_specs)
+        assert all_reduces(jax.jit(mapped).lower(params, x, mask).compile()) == count
+
+
+@pytest.mark.parametrize("shape", [(64, 16), (64, 5, 6, 16)])
+def test_automatic_sharding_moves_vectors_only(mesh, shape):
+    x = jax.device_put(jnp.ones(shape), NamedSharding(mesh, P("devices")))
+    compiled = jax.jit(lambda x: jbn.batch_norm(*jbn.init(16), x, True)).lower(x).compile()
+    assert all_reduces(compiled) <= 3

@@ -47,7 +47,7 @@ def test_an_outlier_before_short_axes(rng, shape):
     np.testing.assert_allclose(moments(x.reshape(shape)).var, expected.var, rtol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(8, 32, 32, 2), (64, 4096, 2), (2, 1, 512, 256, 2)])
+@pytest.mark.parametrize("shape", [(8, 32, 32, 2), (8, 1024, 2), (2, 1, 64, 64, 2)])
 def test_an_example_that_begins_and_ends_blank(rng, shape):
     x = (rng.normal(size=shape) + 1e4).astype(np.float32)
     rows = x[0].reshape(-1, 2)

@@ -165,3 +165,31 @@ def test_count_is_exact_beyond_what_float32_can_count(rng):
     _, state = jbn.init(3)
     late = state._replace(count=jnp.int32(2**24 + 1))
     assert int(jbn.update(late, batch(rng)).count) == 2**24 + 2
+
+
+def test_a_fault_in_one_feature_stays_there(rng):
+    _, state = jbn.init(3)
+    faulty = state._replace(mean=jnp.array([0.0, jnp.nan, 0.0]), var=jnp.array([1.0, 1.0, jnp.inf]))
+    new = jbn.update(faulty, batch(rng), momentum=0.5)
+    expected = jbn.update(state, batch(np.random.default_rng(0)), momentum=0.5)
+    np.testing.assert_array_equal(new.mean, [expected.mean[0], np.nan, 0])
+    np.testing.assert_array_equal(new.var, [expected.var[0], 1, np.inf])
+    assert int(new.count) == 1
+
+
+def test_nothing_is_differentiated(rng):
+    _, state = jbn.init(3)
+    moments = batch(rng)
+
+    def remembered(momentum, state, moments):
+        new = jbn.update(state, moments, momentum=momentum, running_var="total")
+        return jnp.sum(new.mean) + jnp.sum(new.var)
+
+    gradients = jax.grad(remembered, argnums=(0, 2))(0.9, state, moments)
+    for leaf in jax.tree.leaves(gradients):
+        np.testing.assert_array_equal(leaf, np.zeros_like(leaf))
+
+
+def test_unset_leaves_integers_alone():
+    tree = {"table": {"mean": jnp.ones(2, jnp.int32), "var": jnp.ones(2, jnp.int32)}, "norm": jbn.init(2)[1]}
+    np.testing.assert_array_equal(jbn.unset(tree)["table"]["var"], [1, 1])
