@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
@@ -80,7 +81,7 @@ def _tangent(
     captured: list[jax.Array],
     x_t: jax.Array | None,
     affine_t: Affine,
-    captured_t: list[jax.Array],
+    captured_t: list[jax.Array | None],
 ) -> tuple[jax.Array, ShiftedMoments]:
     """Tangents of output and moments, linear in those of x, scale, bias and the captured values.
 
@@ -103,29 +104,14 @@ def _tangent(
     if tangent is not None:
         out_t = slope * tangent + out_t
     if rule.activation is not None:
-        out_t = _activation_tangent(rule.activation, centered * slope + affine.bias, captured, out_t, captured_t)
+        before = centered * slope + affine.bias
+        values_t = [
+            np.zeros(value.shape, jax.dtypes.float0) if value_t is None else value_t
+            for value, value_t in zip(captured, captured_t, strict=True)
+        ]
+        _, out_t = jax.jvp(rule.activation, (before, *captured), (out_t, *values_t))
     batch_t = ShiftedMoments(jnp.zeros_like(batch.shift), mean_t, 2 * covariance, jnp.zeros_like(batch.count))
     return _valid(out_t.astype(rule.dtype), mask), batch_t
-
-
-def _activation_tangent(
-    activation: Callable[..., jax.Array],
-    before: jax.Array,
-    captured: list[jax.Array],
-    before_t: jax.Array,
-    captured_t: list[jax.Array],
-) -> jax.Array:
-    """The tangent of the activation, by its input and by the captured values that can be differentiated."""
-    floats = [index for index, value in enumerate(captured) if jnp.issubdtype(value.dtype, jnp.floating)]
-
-    def by_floats(before: jax.Array, *values: jax.Array) -> jax.Array:
-        given = dict(zip(floats, values, strict=True))
-        return activation(before, *(given.get(index, value) for index, value in enumerate(captured)))
-
-    primals, tangents = (
-        (first, *(rest[index] for index in floats)) for first, rest in ((before, captured), (before_t, captured_t))
-    )
-    return jax.jvp(by_floats, primals, tangents)[1]
 
 
 def closed_activation(
@@ -156,7 +142,7 @@ def _valid(x: jax.Array, mask: jax.Array | None) -> jax.Array:
 
 
 def _instantiated(tangent: Any, primal: jax.Array) -> Any:
-    """Zeros for a value that is not differentiated, which vary over the mapped axes as it does."""
+    """Zeros for a value that is not differentiated, which vary over the mapped axes as it does; None for no float."""
     if not isinstance(tangent, SymbolicZero):
         return tangent
     return jnp.zeros_like(primal) if jnp.issubdtype(primal.dtype, jnp.floating) else None
