@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from cases import LAYOUTS
+from cases import LAYOUTS, ill_conditioned
 from jax import export
 from tolerances import assert_close
 
@@ -301,3 +301,12 @@ def test_the_program_of_the_output_does_not_take_the_state(options):
     arguments = program.split("@main(")[1].split("->")[0]
     assert arguments.count("%arg") == 1
     assert "%arg0: tensor<8x3xf32>" in arguments
+
+
+def test_a_symbolic_batch_is_as_exact(rng):
+    params, state = jbn.init(4)
+    norm = jax.jit(lambda x: jbn.batch_norm(params, state, x, True, momentum=0.0)[1].var)
+    exported = export.export(norm)(jax.ShapeDtypeStruct((*export.symbolic_shape("b"), 4), jnp.float32))
+    for case in ("first row far", "second row far"):
+        x, _ = ill_conditioned(rng, 2**16, 1e4, case)
+        np.testing.assert_allclose(exported.call(x), reference.batch_norm(x).var, rtol=1e-5)
