@@ -68,6 +68,7 @@ def moments(
         Moments of the feature shape, differentiable in x. Nothing valid gives mean 0, variance 0, count 0.
 
     Raises:
+        NameError: no transformation binds `axis_name`.
         TypeError: x is no float array, or the mask is not boolean.
         ValueError: an axis or the mask does not fit x.
 
