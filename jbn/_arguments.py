@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.extend.core import ClosedJaxpr
 
 INPUT_DTYPES = ("float32", "float64", "bfloat16", "float16")
 STATE_DTYPES = ("float32", "float64")
@@ -188,6 +187,12 @@ def checked_momentum(name: str, momentum: Any) -> float:
     return number
 
 
+def check_momentum(momentum: Any) -> None:
+    """A concrete number is checked before any work; what a schedule or a trace gives is clipped where it is used."""
+    if not callable(momentum) and not isinstance(momentum, Tracer):
+        checked_momentum("momentum", momentum)
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, Numeric) and np.ndim(value) == 0
 
@@ -196,20 +201,6 @@ def check_running_var(running_var: Any) -> None:
     """The rule by which the running variance takes a batch's."""
     if running_var not in RUNNING_VAR:
         raise ValueError(f"`running_var` is {running_var!r}: expected one of {', '.join(map(repr, RUNNING_VAR))}.")
-
-
-def traced_activation(activation: Any, before: jax.ShapeDtypeStruct) -> ClosedJaxpr:
-    """The activation as a program, which must be elementwise."""
-    expected = "expected an elementwise function of jax, whose result is a float array of the same shape: jax.nn.relu"
-    if not callable(activation):
-        raise TypeError(f"`activation` is {activation!r}: {expected}.")
-    try:
-        closed, after = jax.make_jaxpr(lambda y: activation(y), return_shape=True)(before)
-    except jax.errors.TracerArrayConversionError:
-        raise TypeError(f"`activation` is {activation!r}, which turns its argument to NumPy: {expected}.") from None
-    if getattr(after, "shape", None) != before.shape or not jnp.issubdtype(after.dtype, jnp.floating):
-        raise ValueError(f"`activation` turns {before.dtype.name}{list(before.shape)} into {after}: {expected}.")
-    return closed
 
 
 def checked_dtype(dtype: Any, default: Any) -> Any:

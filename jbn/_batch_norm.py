@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jbn import _arguments
@@ -80,8 +79,7 @@ def batch_norm(
     """
     _arguments.check_train(train)
     _arguments.check_running_var(running_var)
-    if not callable(momentum) and not isinstance(momentum, Tracer):
-        _arguments.checked_momentum("momentum", momentum)
+    _arguments.check_momentum(momentum)
     if not train:
         out = normalize(
             params,

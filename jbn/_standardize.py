@@ -10,7 +10,6 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
-from jbn import _arguments
 from jbn._collectives import AxisName, sum_over
 from jbn._moments import ShiftedMoments, shifted_moments
 
@@ -123,8 +122,22 @@ def closed_activation(
     # By shape evaluation, since the type that the activation meets has a sharding and mapped axes too.
     before = jax.eval_shape(lambda: _valid(x, mask).astype(affine.scale.dtype) * affine.scale + affine.bias)
     # make_jaxpr rather than closure_convert, which leaves captured integers, booleans and keys inside.
-    closed = _arguments.traced_activation(activation, before)
+    closed = _traced(activation, before)
     return lambda y, *captured: jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, captured))(y)[0], list(closed.consts)
+
+
+def _traced(activation: Any, before: jax.ShapeDtypeStruct) -> ClosedJaxpr:
+    """The activation as a program, which must be elementwise."""
+    expected = "expected an elementwise function of jax, whose result is a float array of the same shape: jax.nn.relu"
+    if not callable(activation):
+        raise TypeError(f"`activation` is {activation!r}: {expected}.")
+    try:
+        closed, after = jax.make_jaxpr(lambda y: activation(y), return_shape=True)(before)
+    except jax.errors.TracerArrayConversionError:
+        raise TypeError(f"`activation` is {activation!r}, which turns its argument to NumPy: {expected}.") from None
+    if getattr(after, "shape", None) != before.shape or not jnp.issubdtype(after.dtype, jnp.floating):
+        raise ValueError(f"`activation` turns {before.dtype.name}{list(before.shape)} into {after}: {expected}.")
+    return closed
 
 
 def _center(x: jax.Array, mask: jax.Array | None, batch: ShiftedMoments) -> jax.Array:

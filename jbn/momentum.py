@@ -7,9 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
-from jbn._arguments import Numeric, checked_momentum
+from jbn._arguments import Numeric, check_momentum, checked_momentum
 
 Schedule = Callable[[Any], Any]
 
@@ -191,8 +190,7 @@ def at(momentum: Any, count: jax.Array, dtype: Any) -> jax.Array:
         raise TypeError(
             f"`momentum` is jbn.momentum.{momentum.__name__} itself: call it, as in jbn.momentum.warmup(0.99)."
         )
-    if not callable(momentum) and not isinstance(momentum, Tracer):
-        momentum = checked_momentum("momentum", momentum)
+    check_momentum(momentum)
     value: Any = momentum(count) if callable(momentum) else momentum
     if not isinstance(value, Numeric) or np.shape(value) != ():
         raise TypeError(

@@ -41,7 +41,7 @@ def test_core_imports_point_one_way():
         "momentum": {"_arguments"},
         "_shift": set(),
         "_moments": {"_arguments", "_collectives", "_shift"},
-        "_standardize": {"_arguments", "_collectives", "_moments"},
+        "_standardize": {"_collectives", "_moments"},
         "_state": {"_arguments", "_moments", "momentum"},
         "_batch_norm": {"_arguments", "_collectives", "_moments", "_standardize", "_state", "momentum"},
     }
