@@ -1,7 +1,7 @@
 """Checks of arguments: what is refused, and the message that says how to mend it."""
 
 import operator
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -38,20 +38,20 @@ def checked_input(x: Any) -> jax.Array:
     return x
 
 
-def checked_axes(feature_axis: int | Sequence[int], ndim: int) -> Axes:
+def checked_axes(feature_axis: int | Sequence[int], ndim: int, name: str = "feature_axis") -> Axes:
     """Feature axes counted from the front and in ascending order, and the axes left to reduce."""
     given = tuple(feature_axis) if isinstance(feature_axis, Sequence | np.ndarray) else (feature_axis,)
     try:
         axes = [operator.index(axis) for axis in given]
     except TypeError:
-        raise TypeError(f"`feature_axis` is {feature_axis!r}: expected an int or a sequence of ints.") from None
+        raise TypeError(f"`{name}` is {feature_axis!r}: expected an int or a sequence of ints.") from None
     for axis in axes:
         if not -ndim <= axis < ndim:
             allowed = f"expected {-ndim} to {ndim - 1}" if ndim else "a scalar has no features, give x a batch axis"
-            raise ValueError(f"`feature_axis` {axis} is out of range for x of {ndim} dimensions: {allowed}.")
+            raise ValueError(f"`{name}` {axis} is out of range for x of {ndim} dimensions: {allowed}.")
     feature = tuple(sorted(axis % ndim for axis in axes))
     if len(set(feature)) != len(feature):
-        raise ValueError(f"`feature_axis` {feature_axis!r} names an axis twice: name it once.")
+        raise ValueError(f"`{name}` {feature_axis!r} names an axis twice: name it once.")
     return Axes(feature, tuple(axis for axis in range(ndim) if axis not in feature))
 
 
@@ -62,15 +62,6 @@ def check_reducible(shape: Sequence[int], axes: Axes, axis_name: Any) -> None:
             f"`x` has shape {tuple(shape)}, and every axis is a feature axis: no axis is left to take statistics over. "
             "Add a batch axis, or name a mapped axis with `axis_name`."
         )
-
-
-def checked_axis_name(axis_name: Any) -> Any:
-    """The name of a mapped axis, or a tuple of names."""
-    name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
-    for each in name if isinstance(name, tuple) else (name,):
-        if isinstance(each, int) or not isinstance(each, Hashable):
-            raise TypeError(f"`axis_name` is {axis_name!r}: expected the name of a mapped axis, or a tuple of names.")
-    return name
 
 
 def check_type(name: str, value: Any, kind: type) -> None:
@@ -148,15 +139,15 @@ def _fits(shape: Sequence[int], expected: Sequence[int]) -> bool:
     return len(shape) == len(expected) and all(m in (1, n) for m, n in zip(shape, expected, strict=True))
 
 
-def check_train(train: Any) -> None:
+def check_train(train: Any, name: str = "train", true: str = "batch", false: str = "running") -> None:
     """Training and inference are two programs, so the choice is made in Python."""
     if isinstance(train, Tracer):
         raise TypeError(
-            "`train` is traced, but it selects the program and must be a Python bool: pass it by "
-            "jax.jit(..., static_argnames='train'), or bind it with functools.partial before jit."
+            f"`{name}` is traced, but it selects the program and must be a Python bool: pass it by "
+            f"jax.jit(..., static_argnames='{name}'), or bind it with functools.partial before jit."
         )
     if not isinstance(train, bool | np.bool_):
-        raise TypeError(f"`train` is {train!r}: expected True (batch statistics) or False (running statistics).")
+        raise TypeError(f"`{name}` is {train!r}: expected True ({true} statistics) or False ({false} statistics).")
 
 
 def checked_epsilon(epsilon: Any) -> float:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jbn import _arguments
-from jbn._collectives import AxisName, sum_over
+from jbn._collectives import AxisName, IndexGroups, checked_sharing, sum_over
 from jbn._moments import ShiftedMoments, arithmetic_dtype, no_moments, rounded, sum_first_axis, union
 from jbn._standardize import Activation, Affine, Rule, closed_activation, standardize, transform
 from jbn._state import Params, State, update
@@ -26,6 +26,7 @@ def batch_norm(
     feature_axis: int | Sequence[int] = -1,
     mask: ArrayLike | None = None,
     axis_name: AxisName | None = None,
+    axis_index_groups: IndexGroups | None = None,
     ghost_batch_size: int | None = None,
     running_var: str = "biased",
     activation: Activation | None = None,
@@ -46,6 +47,7 @@ def batch_norm(
         mask: boolean, True counts; the shape of x without its feature axes (an axis may be 1), or of x with them 1.
             Masked values change nothing, come out as 0, and get gradient 0, whatever they hold.
         axis_name: mapped axis or axes to share statistics over: pmap, vmap, shard_map.
+        axis_index_groups: places on that axis that share among themselves only, as in [[0, 1], [2, 3]].
         ghost_batch_size: normalize groups of this many examples, contiguous along the first axis, on their own; the
             running statistics see the whole batch.
         running_var: which variance the running average takes: "biased", "unbiased" or "total" (see `update`).
@@ -93,7 +95,7 @@ def batch_norm(
         )
         return out, state
     x, axes, mask, rule = _checked(params, state, x, epsilon, feature_axis, mask, dtype)
-    axis_name = _arguments.checked_axis_name(axis_name)
+    sharing = checked_sharing(axis_name, axis_index_groups)
     _arguments.check_reducible(x.shape, axes, axis_name)
     groups = None if ghost_batch_size is None else _arguments.checked_groups(ghost_batch_size, x.shape, axes)
     features = axes.features(x.shape)
@@ -103,11 +105,11 @@ def batch_norm(
 
     affine = _affine(params, axes, x)
     if groups is None:
-        rule = rule._replace(axis_name=axis_name)
+        rule = rule._replace(sharing=sharing)
         out, batch = _standardized(rule, x, mask, affine, activation)
     else:
         out, batch = _standardized_in_groups(groups, rule, x, mask, affine, activation)
-        batch = union(jax.lax.stop_gradient(batch), lambda *arrays: sum_over(axis_name, sum_first_axis(*arrays)))
+        batch = union(jax.lax.stop_gradient(batch), lambda *arrays: sum_over(sharing, sum_first_axis(*arrays)))
     new_state = update(state, rounded(batch, features), momentum=momentum, running_var=running_var)
     return out, new_state
 
@@ -183,7 +185,7 @@ def _checked(
     mask = _arguments.checked_mask(mask, x.shape, axes)
     rule = Rule(
         reduced=axes.reduced,
-        axis_name=None,
+        sharing=None,
         epsilon=_arguments.checked_epsilon(epsilon),
         activation=None,
         dtype=_arguments.checked_dtype(dtype, x.dtype),

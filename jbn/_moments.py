@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jbn import _arguments
-from jbn._collectives import AxisName, sum_over
+from jbn._collectives import AxisName, IndexGroups, Sharing, checked_sharing, sum_over
 from jbn._shift import shift_row
 
 
@@ -53,6 +53,7 @@ def moments(
     feature_axis: int | Sequence[int] = -1,
     mask: ArrayLike | None = None,
     axis_name: AxisName | None = None,
+    axis_index_groups: IndexGroups | None = None,
 ) -> Moments:
     """Mean, biased variance and count of a batch, per feature.
 
@@ -63,6 +64,7 @@ def moments(
         feature_axis: the axis, or axes, that have statistics of their own; all others are reduced.
         mask: boolean, True counts; the shape of x without its feature axes (an axis may be 1), or of x with them 1.
         axis_name: mapped axis or axes to share statistics over.
+        axis_index_groups: places on the axis that share among themselves only, as in [[0, 1], [2, 3]].
 
     Returns:
         Moments of the feature shape, differentiable in x. Nothing valid gives mean 0, variance 0, count 0.
@@ -85,12 +87,12 @@ def moments(
     """
     x = _arguments.checked_input(x)
     axes = _arguments.checked_axes(feature_axis, x.ndim)
-    axis_name = _arguments.checked_axis_name(axis_name)
+    sharing = checked_sharing(axis_name, axis_index_groups)
     _arguments.check_reducible(x.shape, axes, axis_name)
     mask = _arguments.checked_mask(mask, x.shape, axes)
     if 0 in x.shape:
         return no_moments(x, axes.features(x.shape))
-    return rounded(shifted_moments(x, mask, axes.reduced, axis_name), axes.features(x.shape))
+    return rounded(shifted_moments(x, mask, axes.reduced, sharing), axes.features(x.shape))
 
 
 def merge(*moments: Moments) -> Moments:
@@ -138,9 +140,9 @@ def arithmetic_dtype(x: jax.Array) -> Any:
     return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnames=("reduced", "axis_name"), inline=True)
+@functools.partial(jax.jit, static_argnames=("reduced", "sharing"), inline=True)
 def shifted_moments(
-    x: jax.Array, mask: jax.Array | None, reduced: tuple[int, ...], axis_name: AxisName | None
+    x: jax.Array, mask: jax.Array | None, reduced: tuple[int, ...], sharing: Sharing | None
 ) -> ShiftedMoments:
     """Moments in one pass about a row of the data: the error grows with (mean - shift)**2 / var, not mean**2 / var."""
     dtype = arithmetic_dtype(x)
@@ -158,9 +160,9 @@ def shifted_moments(
     offset = jnp.sum(centered, axis=reduced, keepdims=True) / divisor
     mean_square = jnp.sum(centered * centered, axis=reduced, keepdims=True) / divisor
     local = ShiftedMoments(shift, offset, jnp.maximum(mean_square - offset * offset, 0), count)
-    if axis_name is None:
+    if sharing is None:
         return local
-    return union(local, lambda *arrays: sum_over(axis_name, arrays))
+    return union(local, lambda *arrays: sum_over(sharing, arrays))
 
 
 def union(parts: ShiftedMoments, total: Callable[..., Sequence[jax.Array]]) -> ShiftedMoments:

@@ -10,7 +10,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
-from jbn._collectives import AxisName, sum_over
+from jbn._collectives import Sharing, sum_over
 from jbn._moments import ShiftedMoments, shifted_moments
 
 Activation = Callable[[jax.Array], jax.Array]
@@ -27,7 +27,7 @@ class Rule(NamedTuple):
     """What is fixed while tracing."""
 
     reduced: tuple[int, ...]
-    axis_name: AxisName | None
+    sharing: Sharing | None
     epsilon: float
     activation: Callable[..., jax.Array] | None
     dtype: Any
@@ -41,7 +41,7 @@ def standardize(
 
     `captured` are the values that the activation closes over, since a custom derivative sees arguments only.
     """
-    batch = shifted_moments(x, mask, rule.reduced, rule.axis_name)
+    batch = shifted_moments(x, mask, rule.reduced, rule.sharing)
     return transform(rule, x, mask, batch, affine, captured), batch
 
 
@@ -96,7 +96,7 @@ def _tangent(
     else:
         tangent = _valid(x_t, mask).astype(centered.dtype)
         sums = (jnp.sum(v, axis=rule.reduced, keepdims=True) for v in (tangent, centered * tangent))
-        mean_t, covariance = (v / jnp.maximum(batch.count, 1) for v in sum_over(rule.axis_name, tuple(sums)))
+        mean_t, covariance = (v / jnp.maximum(batch.count, 1) for v in sum_over(rule.sharing, tuple(sums)))
     constant = affine_t.bias - slope * mean_t
     along = (affine_t.scale - slope * rstd * covariance) * rstd
     out_t = centered * along + constant

@@ -109,6 +109,26 @@ REFUSED = {
     "dtype": (dict(dtype=jnp.int8), TypeError, ["`dtype` is int8", "bfloat16"]),
     "train a number": (dict(train=1), TypeError, ["`train` is 1", "True"]),
     "axis_name a dict": (dict(axis_name={}), TypeError, ["`axis_name` is {}", "tuple of names"]),
+    "groups without an axis": (
+        dict(axis_index_groups=[[0]]),
+        ValueError,
+        ["`axis_index_groups`", "`axis_name` is None"],
+    ),
+    "groups on two axes": (
+        dict(axis_name=("a", "b"), axis_index_groups=[[0]]),
+        ValueError,
+        ["`axis_index_groups` needs one axis name", "('a', 'b')"],
+    ),
+    "groups that overlap": (
+        dict(axis_name="a", axis_index_groups=[[0, 1], [1]]),
+        ValueError,
+        ["`axis_index_groups` is [[0, 1], [1]]", "each place once"],
+    ),
+    "groups that are a list": (
+        dict(axis_name="a", axis_index_groups=[0, 1]),
+        TypeError,
+        ["`axis_index_groups` is [0, 1]", "[[0, 1], [2, 3]]"],
+    ),
     "unbound axis": (dict(axis_name="devices"), NameError, ["`axis_name` is 'devices'", "shard_map", "vmap"]),
 }
 
@@ -121,7 +141,16 @@ def test_refusals_of_batch_norm(arguments, error, words):
         assert word in str(caught.value)
 
 
-TRAINING_ONLY = ("nothing to reduce", "momentum of", "momentum uncalled", "ghost", "unbound axis", "axis_name", "train")
+TRAINING_ONLY = (
+    "nothing to reduce",
+    "momentum of",
+    "momentum uncalled",
+    "ghost",
+    "unbound axis",
+    "axis_name",
+    "groups",
+    "train",
+)
 
 
 @pytest.mark.parametrize("name", [name for name in REFUSED if not name.startswith(TRAINING_ONLY)])

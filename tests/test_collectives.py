@@ -173,6 +173,50 @@ def test_two_axis_names(rng, names):
     assert_close(out, reference.batch_norm(x).out)
 
 
+GROUPS = [[0, 3, 5], [7, 1, 2, 4, 6]]
+
+
+def members(group, x):
+    """The rows that the places of a group hold."""
+    return None if x is None else np.concatenate([np.split(x, DEVICES)[place] for place in group])
+
+
+@pytest.mark.parametrize("transform", ["shard_map", "shard_map, unchecked", "pmap", "vmap"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_groups_share_among_themselves(mesh, rng, transform, masked):
+    x = (rng.normal(size=(4 * DEVICES, 3)) + 100 * np.arange(4 * DEVICES)[:, None]).astype(np.float32)
+    cotangent = rng.normal(size=x.shape).astype(np.float32)
+    mask = rng.random(4 * DEVICES) < 0.7 if masked else np.ones(4 * DEVICES, bool)
+    mask[:4] = not masked
+
+    def run(x, mask, cotangent):
+        out, new_state, _, dx = whole(*jbn.init(3), x, mask, cotangent, "devices", axis_index_groups=GROUPS)
+        return out, jax.tree.map(lambda leaf: leaf[None], new_state), dx
+
+    if "shard_map" in transform:
+        spec = P("devices")
+        shared = jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=transform == "shard_map")
+        out, new_state, dx = jax.jit(shared)(x, mask, cotangent)
+    else:
+        cut = [array.reshape(DEVICES, 4, *array.shape[1:]) for array in (x, mask, cotangent)]
+        out, new_state, dx = getattr(jax, transform)(run, axis_name="devices")(*cut)
+    for group in GROUPS:
+        args = [members(group, array) for array in (x, mask, cotangent)]
+        expected = reference.batch_norm(args[0], cotangent=args[2], mask=args[1])
+        for actual, value in ((out, expected.out), (dx, expected.dx)):
+            assert_close(members(group, np.asarray(actual).reshape(x.shape)), value, scale=5)
+        mean, var = reference.update(0, 1, expected, 0.5)
+        for place in group:
+            assert_close(new_state.mean.reshape(DEVICES, 3)[place], mean)
+            assert_close(new_state.var.reshape(DEVICES, 3)[place], var)
+
+
+def test_groups_of_another_size_than_the_axis():
+    norm = functools.partial(jbn.batch_norm, *jbn.init(3), train=True, axis_name="lanes", axis_index_groups=[[0, 1]])
+    with pytest.raises(ValueError, match=r"`axis_index_groups` is \[\[0, 1\]\], which has 2 places.*'lanes' has 4"):
+        jax.vmap(lambda x: norm(x=x), axis_name="lanes")(jnp.ones((4, 2, 3)))
+
+
 def pmean_variance(x, mask, mesh):
     """The variance as common examples share it: E[x^2] - E[x]^2, where each device weighs the same in either mean."""
 
