@@ -1,9 +1,15 @@
 """Batch normalization for JAX: a pure function whose running statistics are right."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from jbn import momentum
 from jbn._batch_norm import batch_norm, normalize
 from jbn._moments import Moments, merge, moments
 from jbn._state import Params, State, init, unset, update
+
+if TYPE_CHECKING:
+    from jbn import linen, nnx
 
 __version__ = "0.1.0.dev0"
 
@@ -14,10 +20,23 @@ __all__ = [
     "__version__",
     "batch_norm",
     "init",
+    "linen",
     "merge",
     "moments",
     "momentum",
+    "nnx",
     "normalize",
     "unset",
     "update",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Modules that need Flax load when they are first touched."""
+    if name in ("linen", "nnx"):
+        return importlib.import_module(f"jbn.{name}")
+    raise AttributeError(f"module 'jbn' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), "linen", "nnx"])

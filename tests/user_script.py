@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
 import jbn
 
@@ -50,6 +51,10 @@ def main() -> None:
         state = jbn.update(jbn.unset(state), whole, momentum=schedule, running_var="unbiased")
         print(jbn.momentum.at(schedule, state.count, jnp.float32))
     infer = functools.partial(jbn.normalize, params, state, epsilon=1e-3, feature_axis=-1, mask=None, activation=None)
+    linen = jbn.linen.BatchNorm(use_running_average=False, momentum=schedules[1], running_var="total")
+    variables = linen.init(jax.random.key(0), x)
+    _, updated = linen.apply(variables, x, mutable=["batch_stats"])
+    print(updated["batch_stats"]["count"], jbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0))(x, mask=x[:, 0] > 0).shape)
     print(infer(x, dtype=jnp.bfloat16).shape, float(state.mean[0]), jbn.Params(None, params.bias), jbn.__version__)
 
 

@@ -1,0 +1,152 @@
+"""Batch normalization as a Flax Linen module: Flax's attributes and variables, jbn's arithmetic."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen.dtypes import canonicalize_dtype
+from jax.typing import ArrayLike
+
+from jbn import _arguments, _flax
+from jbn._batch_norm import batch_norm
+from jbn._collectives import AxisName, IndexGroups
+from jbn._state import Params, State
+from jbn.momentum import Schedule
+
+
+class BatchNorm(nn.Module):
+    """`flax.linen.BatchNorm` by its own names, with the arithmetic and the options of `jbn.batch_norm`.
+
+    out = activation((x - mean) / sqrt(var + epsilon) * scale + bias)
+
+    Variables are those of Flax, float32 `mean` and `var` in `batch_stats`, `scale` and `bias` in `params`, so that
+    checkpoints of either load into the other. A momentum schedule adds `count`, an int32 scalar in `batch_stats`.
+    Initialization does not update statistics, needs no bound `axis_name`, and takes the batch as one ghost batch.
+
+    Attributes:
+        use_running_average: True normalizes by the running statistics; here or at the call.
+        axis: the axis, or axes, that have statistics of their own.
+        momentum: share of the old value kept at an update, or a schedule from the count of updates to it.
+        epsilon: added to the variance.
+        dtype: dtype of the result; None is the one to which x, scale and bias promote, as in Flax.
+        param_dtype: dtype of scale and bias.
+        use_bias: whether there is a bias.
+        use_scale: whether there is a scale.
+        bias_init: initializer of the bias.
+        scale_init: initializer of the scale.
+        axis_name: mapped axis or axes to share statistics over.
+        axis_index_groups: places on that axis that share among themselves only.
+        use_fast_variance: refused, since the variance is exact at the speed of the fast one.
+        force_float32_reductions: refused, since reductions are in float32 at least.
+        running_var: which variance the running average takes: "biased", "unbiased" or "total".
+        ghost_batch_size: normalize groups of this many examples on their own.
+        activation: elementwise function, applied in float32 before the cast to `dtype`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import jbn
+        >>> norm = jbn.linen.BatchNorm(use_running_average=False, momentum=0.5)
+        >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
+        >>> variables = norm.init(jax.random.key(0), x)
+        >>> out, updated = norm.apply(variables, x, mutable=["batch_stats"])
+        >>> print(updated["batch_stats"]["mean"])
+        [ 1. 10.]
+
+    Source:
+        Flax, flax.linen.BatchNorm, for the names; see `jbn.batch_norm` for what they do.
+    """
+
+    use_running_average: bool | None = None
+    axis: int | Sequence[int] = -1
+    momentum: float | Schedule = 0.99
+    epsilon: float = 1e-5
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Callable[..., Any] = nn.initializers.zeros
+    scale_init: Callable[..., Any] = nn.initializers.ones
+    axis_name: AxisName | None = None
+    axis_index_groups: IndexGroups | None = None
+    use_fast_variance: None = None
+    force_float32_reductions: None = None
+    running_var: str = "biased"
+    ghost_batch_size: int | None = None
+    activation: Callable[[jax.Array], jax.Array] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what is not needed."""
+        _flax.refuse_not_needed(
+            use_fast_variance=self.use_fast_variance, force_float32_reductions=self.force_float32_reductions
+        )
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(
+        self, x: ArrayLike, use_running_average: bool | None = None, *, mask: ArrayLike | None = None
+    ) -> jax.Array:
+        """Normalize x, and update `batch_stats` by its statistics unless they are used.
+
+        Args:
+            x: float32, float64, bfloat16 or float16 array.
+            use_running_average: True normalizes by the running statistics; here or at construction.
+            mask: boolean, True counts; the shape of x without its feature axes (an axis may be 1), or of x with
+                them 1. Masked values change nothing and come out as 0.
+
+        Returns:
+            The result, of the shape of x.
+
+        Raises:
+            TypeError: a wrong kind or dtype of argument.
+            ValueError: shapes or values that do not fit; or no `count` beside statistics that a schedule would update.
+        """
+        averaged = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
+        _arguments.check_train(averaged, "use_running_average", true="running", false="batch")
+        x = _arguments.checked_input(x)
+        axes = _arguments.checked_axes(self.axis, x.ndim, "axis")
+        features = axes.features(x.shape)
+        train, initializing = not averaged, self.is_initializing()
+
+        if callable(self.momentum) and not initializing and train:
+            self._check_count()
+        mean = self.variable("batch_stats", "mean", jnp.zeros, features, jnp.float32)
+        var = self.variable("batch_stats", "var", jnp.ones, features, jnp.float32)
+        count = None
+        if callable(self.momentum) and (initializing or train):
+            count = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)
+        scale = self.param("scale", self.scale_init, features, self.param_dtype) if self.use_scale else None
+        bias = self.param("bias", self.bias_init, features, self.param_dtype) if self.use_bias else None
+        promoted = [x, *(param for param in (scale, bias) if param is not None)]
+        out, new_state = batch_norm(
+            Params(scale, bias),
+            State(mean.value, var.value, jnp.zeros((), jnp.int32) if count is None else count.value),
+            x,
+            train and not (initializing and not axes.reduced),
+            momentum=self.momentum,
+            epsilon=self.epsilon,
+            feature_axis=axes.feature,
+            mask=mask,
+            axis_name=None if initializing else self.axis_name,
+            axis_index_groups=None if initializing else self.axis_index_groups,
+            running_var=self.running_var,
+            ghost_batch_size=None if initializing else self.ghost_batch_size,
+            activation=self.activation,
+            dtype=canonicalize_dtype(*promoted, dtype=self.dtype),
+        )
+        if train and not initializing:
+            mean.value, var.value = new_state.mean, new_state.var
+            if count is not None:
+                count.value = new_state.count
+        return out
+
+    def _check_count(self) -> None:
+        """Statistics from elsewhere have no count, and from a count of 0 a schedule would overwrite them."""
+        if self.has_variable("batch_stats", "mean") and not self.has_variable("batch_stats", "count"):
+            raise ValueError(
+                "`batch_stats` has `mean` and `var` but no `count`, which the `momentum` schedule reads: from a count "
+                "of 0 it would overwrite them. Say how many updates they stand for by "
+                "jbn.convert.split(variables, 'linen', count=...) and jbn.convert.join(..., with_count=True), or give "
+                "`momentum` a number."
+            )

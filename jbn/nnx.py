@@ -1,0 +1,186 @@
+"""Batch normalization as a Flax NNX module: Flax's attributes and variables, jbn's arithmetic."""
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn.dtypes import canonicalize_dtype
+from jax.nn import initializers
+from jax.typing import ArrayLike
+
+from jbn import _arguments, _flax
+from jbn._batch_norm import batch_norm
+from jbn._collectives import AxisName, IndexGroups
+from jbn._state import Params, State
+from jbn.momentum import Schedule
+
+
+class BatchNorm(nnx.Module):
+    """`flax.nnx.BatchNorm` by its own names, with the arithmetic and the options of `jbn.batch_norm`.
+
+    out = activation((x - mean) / sqrt(var + epsilon) * scale + bias)
+
+    Variables are those of Flax, float32 `mean` and `var` as `nnx.BatchStat`, `scale` and `bias` as `nnx.Param`, so that
+    checkpoints of either load into the other. A momentum schedule adds `count`, an int32 scalar `nnx.BatchStat`.
+
+    Args:
+        num_features: the number of features, or their shape where several axes have statistics of their own.
+        use_running_average: True normalizes by the running statistics; the call, `train()` and `eval()` override it.
+        axis: the axis, or axes, that have statistics of their own.
+        momentum: share of the old value kept at an update, or a schedule from the count of updates to it.
+        epsilon: added to the variance.
+        dtype: dtype of the result; None is the one to which x, the statistics, scale and bias promote, as in Flax.
+        param_dtype: dtype of scale and bias.
+        use_bias: whether there is a bias.
+        use_scale: whether there is a scale.
+        bias_init: initializer of the bias.
+        scale_init: initializer of the scale.
+        axis_name: mapped axis or axes to share statistics over.
+        axis_index_groups: places on that axis that share among themselves only.
+        use_fast_variance: refused, since the variance is exact at the speed of the fast one.
+        promote_dtype: refused, since the arithmetic is in float32 at least.
+        running_var: which variance the running average takes: "biased", "unbiased" or "total".
+        ghost_batch_size: normalize groups of this many examples on their own.
+        activation: elementwise function, applied in float32 before the cast to `dtype`.
+        rngs: key of the initializers.
+        bias_metadata: metadata of the bias variable.
+        scale_metadata: metadata of the scale variable.
+
+    Raises:
+        TypeError: an option of Flax that is not needed, or sizes that are no ints.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> import jbn
+        >>> norm = jbn.nnx.BatchNorm(2, momentum=0.5, rngs=nnx.Rngs(0))
+        >>> out = norm(jnp.array([[1.0, 10.0], [3.0, 30.0]]))
+        >>> print(norm.mean[...])
+        [ 1. 10.]
+
+    Source:
+        Flax, flax.nnx.BatchNorm, for the names; see `jbn.batch_norm` for what they do.
+    """
+
+    def __init__(
+        self,
+        num_features: int | Sequence[int],
+        *,
+        use_running_average: bool | None = False,
+        axis: int | Sequence[int] = -1,
+        momentum: float | Schedule = 0.99,
+        epsilon: float = 1e-5,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Callable[..., Any] = initializers.zeros,
+        scale_init: Callable[..., Any] = initializers.ones,
+        axis_name: AxisName | None = None,
+        axis_index_groups: IndexGroups | None = None,
+        use_fast_variance: None = None,
+        promote_dtype: None = None,
+        running_var: str = "biased",
+        ghost_batch_size: int | None = None,
+        activation: Callable[[jax.Array], jax.Array] | None = None,
+        rngs: nnx.Rngs,
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+        scale_metadata: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        """Allocate the variables."""
+        _flax.refuse_not_needed(use_fast_variance=use_fast_variance, promote_dtype=promote_dtype)
+        features = _arguments.checked_features(num_features)
+        self.mean = nnx.BatchStat(jnp.zeros(features, jnp.float32))
+        self.var = nnx.BatchStat(jnp.ones(features, jnp.float32))
+        self.count = nnx.data(nnx.BatchStat(jnp.zeros((), jnp.int32)) if callable(momentum) else None)
+        # Scale first, as in Flax: each initializer draws the next key.
+        scale = nnx.Param(scale_init(rngs.params(), features, param_dtype), **scale_metadata) if use_scale else None
+        bias = nnx.Param(bias_init(rngs.params(), features, param_dtype), **bias_metadata) if use_bias else None
+        self.scale, self.bias = nnx.data(scale), nnx.data(bias)
+
+        self.num_features = num_features
+        self.use_running_average = use_running_average
+        self.axis = axis
+        self.momentum = momentum
+        self.epsilon = epsilon
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.use_bias = use_bias
+        self.use_scale = use_scale
+        self.axis_name = axis_name
+        self.axis_index_groups = axis_index_groups
+        self.running_var = running_var
+        self.ghost_batch_size = ghost_batch_size
+        self.activation = activation
+
+    def __call__(
+        self, x: ArrayLike, use_running_average: bool | None = None, *, mask: ArrayLike | None = None
+    ) -> jax.Array:
+        """Normalize x, and update `mean` and `var` by its statistics unless they are used.
+
+        Args:
+            x: float32, float64, bfloat16 or float16 array.
+            use_running_average: True normalizes by the running statistics; None is what the module says.
+            mask: boolean, True counts; the shape of x without its feature axes (an axis may be 1), or of x with
+                them 1. Masked values change nothing and come out as 0.
+
+        Returns:
+            The result, of the shape of x.
+
+        Raises:
+            TypeError: a wrong kind or dtype of argument.
+            ValueError: shapes or values that do not fit.
+        """
+        averaged = self.use_running_average if use_running_average is None else use_running_average
+        _arguments.check_train(averaged, "use_running_average", true="running", false="batch")
+        x = _arguments.checked_input(x)
+        axes = _arguments.checked_axes(self.axis, x.ndim, "axis")
+        self._check_features(x, axes)
+        if callable(self.momentum) and self.count is None:
+            raise ValueError(
+                "`momentum` is a schedule, but the module was made for a number and has no `count`: give the schedule at "
+                "construction."
+            )
+        params = Params(*(None if param is None else param[...] for param in (self.scale, self.bias)))
+        state = State(
+            self.mean[...], self.var[...], jnp.zeros((), jnp.int32) if self.count is None else self.count[...]
+        )
+        promoted = [array for array in (x, state.mean, state.var, *params) if array is not None]
+        out, new_state = batch_norm(
+            params,
+            state,
+            x,
+            not averaged,
+            momentum=self.momentum,
+            epsilon=self.epsilon,
+            feature_axis=axes.feature,
+            mask=mask,
+            axis_name=self.axis_name,
+            axis_index_groups=self.axis_index_groups,
+            running_var=self.running_var,
+            ghost_batch_size=self.ghost_batch_size,
+            activation=self.activation,
+            dtype=canonicalize_dtype(*promoted, dtype=self.dtype),
+        )
+        if not averaged:
+            self.mean[...], self.var[...] = new_state.mean, new_state.var
+            if self.count is not None:
+                self.count[...] = new_state.count
+        return out
+
+    def set_view(self, use_running_average: bool | None = None) -> None:
+        """What `nnx.view(model, use_running_average=...)` sets."""
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
+
+    def _check_features(self, x: jax.Array, axes: _arguments.Axes) -> None:
+        """The features that x has are those that the module was made for."""
+        expected, given = self.mean[...].shape, axes.features(x.shape)
+        if given != expected:
+            raise ValueError(
+                f"`x` of shape {x.shape} has features {given} on `axis` {self.axis}, but `num_features` is "
+                f"{self.num_features}: give x {expected} there, or make the module with num_features={given}."
+            )
