@@ -3,8 +3,9 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from jbn import momentum
+from jbn import convert, momentum
 from jbn._batch_norm import batch_norm, normalize
+from jbn._fold import fold
 from jbn._moments import Moments, merge, moments
 from jbn._state import Params, State, init, unset, update
 
@@ -19,6 +20,8 @@ __all__ = [
     "State",
     "__version__",
     "batch_norm",
+    "convert",
+    "fold",
     "init",
     "linen",
     "merge",

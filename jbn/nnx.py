@@ -141,8 +141,8 @@ class BatchNorm(nnx.Module):
         self._check_features(x, axes)
         if callable(self.momentum) and self.count is None:
             raise ValueError(
-                "`momentum` is a schedule, but the module was made for a number and has no `count`: give the schedule at "
-                "construction."
+                "`momentum` is a schedule, but the module was made for a number and has no `count`: give the schedule "
+                "at construction."
             )
         params = Params(*(None if param is None else param[...] for param in (self.scale, self.bias)))
         state = State(

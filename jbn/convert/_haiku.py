@@ -1,0 +1,63 @@
+"""Haiku's batch norm: parameters of the rank of the input, and averages kept by modules of their own."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jbn._state import Params, State
+from jbn.convert._names import Names, as_array, read_one
+
+HAIKU = Names("Haiku", "scale", "offset", "mean_ema.average", "var_ema.average", "counter")
+AVERAGES = ("mean_ema", "var_ema")
+
+
+def from_haiku(entries: Mapping[str, Any], *, count: int | None = None) -> tuple[Params, State]:
+    """jbn's norm from a Haiku one.
+
+    scale = scale,  bias = offset,  mean = mean_ema.average,  var = var_ema.average,  count = counter
+
+    Args:
+        entries: `scale` and `offset` as in Haiku's params, and `mean_ema` and `var_ema`, the mappings of `hidden`,
+            `average`, `counter` in its state. `split((params, state), "haiku")` finds them by itself.
+        count: the updates made so far, instead of `counter`.
+
+    Returns:
+        Params and State, without the axes of size 1 that Haiku keeps. A norm that was never updated comes unset (see
+        `jbn.unset`). Training goes on as Haiku's does with `momentum=jbn.momentum.debiased(decay_rate)`.
+
+    Raises:
+        TypeError: count is no int.
+        ValueError: entries are missing, extra or misshaped; the error lists them.
+
+    Example:
+        >>> import numpy as np
+        >>> import jbn
+        >>> def ema(value):
+        ...     return {"hidden": np.float32([[value / 2]]), "average": np.float32([[value]]), "counter": 1}
+        >>> params, state = jbn.convert.from_haiku({"mean_ema": ema(3), "var_ema": ema(4)})
+        >>> print(state.mean, state.var, state.count)
+        [3.] [4.] 1
+
+    Source:
+        Haiku, hk.BatchNorm and hk.ExponentialMovingAverage.
+    """
+    return read_one(HAIKU, flattened(entries), count)
+
+
+def flattened(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """One level of arrays of the feature shape; the variance of averages that were never updated is not known."""
+    averages = {name: entries.get(name, {}) for name in AVERAGES}
+    flat = {name: value for name, value in entries.items() if name not in AVERAGES}
+    flat |= {f"{name}.average": ema["average"] for name, ema in averages.items() if "average" in ema}
+    flat = {name: _squeezed(as_array(value)) for name, value in flat.items()}
+    counter = averages["mean_ema"].get("counter")
+    if counter is not None and HAIKU.var in flat:
+        flat[HAIKU.var] = jnp.where(as_array(counter) > 0, flat[HAIKU.var], -jnp.inf)
+    return {**flat, "counter": counter}
+
+
+def _squeezed(array: jax.Array) -> jax.Array:
+    """Without the axes of size 1, which stand for those that are reduced; a single feature keeps one."""
+    return array.reshape([size for size in array.shape if size != 1] or [1])

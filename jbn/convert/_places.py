@@ -1,0 +1,169 @@
+"""Where the arrays of batch norms lie in the trees of each library."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+
+from jbn._state import Params, State
+from jbn.convert._equinox import EQUINOX, entries_of, is_norm
+from jbn.convert._flax import FLAX, LINEN, to_linen, to_nnx
+from jbn.convert._haiku import AVERAGES, HAIKU, flattened
+from jbn.convert._keras import KERAS, to_keras
+from jbn.convert._names import Names
+from jbn.convert._torch import TORCH, to_torch
+
+Nodes = dict[str, dict[str, Any]]
+Found = tuple[Names, Nodes, Any]
+FLAT = {"torch": (".", to_torch), "keras": ("/", to_keras)}
+TREES = {
+    "torch": "the mapping model.state_dict()",
+    "keras": "the mapping {v.path: v for v in model.variables}",
+    "linen": "the mapping of variables, with params and batch_stats",
+    "nnx": "the mapping nnx.state(model)",
+    "haiku": "the pair (params, state)",
+    "equinox": "the pair (model, state)",
+}
+
+
+def find(tree: Any, library: str) -> Found:
+    """The names of a library, the arrays of each norm in a tree by its path, and the tree without them."""
+    pair = library in ("haiku", "equinox")
+    if not (isinstance(tree, tuple) and len(tree) == 2 if pair else isinstance(tree, Mapping)):
+        raise TypeError(f"`tree` is a {type(tree).__name__}: for {library!r} expected {TREES[library]}.")
+    return FINDERS[library](tree)
+
+
+def _find_torch(tree: Mapping[str, Any]) -> Found:
+    nodes = {node: entries for node, entries in _by_node(tree, ".").items() if _has_statistics(TORCH, entries)}
+    return TORCH, nodes, _without(tree, nodes, ".")
+
+
+def _find_keras(tree: Mapping[str, Any]) -> Found:
+    nodes = {node: entries for node, entries in _by_node(tree, "/").items() if _has_statistics(KERAS, entries)}
+    return KERAS, nodes, _without(tree, nodes, "/")
+
+
+def _find_linen(tree: Mapping[str, Any]) -> Found:
+    params, statistics = (_by_node(tree.get(name, {}), "/") for name in LINEN)
+    nodes = {
+        node: {**params.get(node, {}), **entries}
+        for node, entries in statistics.items()
+        if _has_statistics(FLAX, entries)
+    }
+    rest = {name: _without(tree[name], nodes, "/") if name in LINEN else tree[name] for name in tree}
+    return FLAX, nodes, {name: kept for name, kept in rest.items() if kept or not tree[name]}
+
+
+def _find_nnx(tree: Mapping[str, Any]) -> Found:
+    # Both, since many things have a mean.
+    nodes = {node: entries for node, entries in _by_node(tree, "/").items() if {"mean", "var"} <= entries.keys()}
+    return FLAX, nodes, _without(tree, nodes, "/")
+
+
+def _find_haiku(tree: tuple[Mapping[str, Any], Mapping[str, Any]]) -> Found:
+    params, state = tree
+    nodes: Nodes = {}
+    for path, value in state.items():
+        node, _, name = path.rpartition("/~/")
+        if name in AVERAGES:
+            nodes.setdefault(node, dict(params.get(node, {})))[name] = value
+    others = {path: value for path, value in state.items() if path.rpartition("/~/")[2] not in AVERAGES}
+    rest = {path: value for path, value in params.items() if path not in nodes}
+    return HAIKU, {node: flattened(entries) for node, entries in nodes.items()}, (rest, others)
+
+
+def _find_equinox(tree: tuple[Any, Any]) -> Found:
+    model, state = tree
+    leaves, structure = jax.tree_util.tree_flatten_with_path(model, is_leaf=is_norm)
+    nodes = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): entries_of(leaf, state)
+        for path, leaf in leaves
+        if is_norm(leaf)
+    }
+    return EQUINOX, nodes, (structure.unflatten([None if is_norm(leaf) else leaf for _, leaf in leaves]), state)
+
+
+FINDERS: dict[str, Callable[[Any], Found]] = {
+    "torch": _find_torch,
+    "keras": _find_keras,
+    "linen": _find_linen,
+    "nnx": _find_nnx,
+    "haiku": _find_haiku,
+    "equinox": _find_equinox,
+}
+
+
+def leaves_of(where: str, params: Params, state: State, library: str, with_count: bool) -> dict[tuple[str, ...], Any]:
+    """The arrays of a norm, each by its path in the tree of a library."""
+    if library in FLAT:
+        separator, write = FLAT[library]
+        return {(_joined(where, name, separator),): leaf for name, leaf in write(params, state).items()}
+    node = where.split("/") if where else []
+    if library == "nnx":
+        return {(*node, name): leaf for name, leaf in to_nnx(params, state, with_count=with_count).items()}
+    variables = to_linen(params, state, with_count=with_count)
+    return {
+        (collection, *node, name): leaf for collection, arrays in variables.items() for name, leaf in arrays.items()
+    }
+
+
+def insert(tree: dict[Any, Any], path: tuple[str, ...], leaf: Any) -> None:
+    """Put a leaf into a tree of dicts, where its place must be free."""
+    node = tree
+    for part in path[:-1]:
+        node = node.setdefault(_key(node, part), {}) if isinstance(node, dict) else None
+    if not isinstance(node, dict) or path[-1] in node:
+        raise ValueError(f"`rest` has something at {'/'.join(path)} already: expected the tree without its norms.")
+    node[path[-1]] = leaf
+
+
+def copied(tree: Mapping[Any, Any]) -> dict[Any, Any]:
+    """The same leaves in dicts of their own."""
+    return {key: copied(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
+
+
+def _key(node: Mapping[Any, Any], part: str) -> Any:
+    """The key that a part of a path stands for: the one that is there, or for a place in a sequence its number."""
+    present = next((key for key in node if str(key) == part), part)
+    return int(part) if present is part and part.isdigit() and part not in node else present
+
+
+def _has_statistics(names: Names, entries: Mapping[str, Any]) -> bool:
+    return names.mean in entries or names.var in entries
+
+
+def _by_node(tree: Mapping[Any, Any], separator: str) -> Nodes:
+    """The leaves of a tree by the path of their node, each by its name in it."""
+    nodes: Nodes = {}
+    for where, leaf in _leaves(tree, separator):
+        node, _, name = where.rpartition(separator)
+        nodes.setdefault(node, {})[name] = leaf
+    return nodes
+
+
+def _leaves(tree: Mapping[Any, Any], separator: str, above: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        where = _joined(above, key, separator)
+        if isinstance(value, Mapping):
+            yield from _leaves(value, separator, where)
+        else:
+            yield where, value
+
+
+def _without(tree: Mapping[Any, Any], nodes: Nodes, separator: str, above: str = "") -> dict[Any, Any]:
+    """The tree without the leaves of some nodes, and without the mappings that this leaves empty."""
+    kept: dict[Any, Any] = {}
+    for key, value in tree.items():
+        where = _joined(above, key, separator)
+        if isinstance(value, Mapping):
+            below = _without(value, nodes, separator, where)
+            if below or not value:
+                kept[key] = below
+        elif where.rpartition(separator)[0] not in nodes:
+            kept[key] = value
+    return kept
+
+
+def _joined(above: str, key: Any, separator: str) -> str:
+    return f"{above}{separator}{key}" if above else str(key)

@@ -1,0 +1,96 @@
+"""Every norm of a model at once: taken out of a tree by library, and put back."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jbn._state import Params, State
+from jbn.convert._names import read_all, refuse
+from jbn.convert._places import FINDERS, TREES, copied, find, insert, leaves_of
+
+
+def split(tree: Any, library: str, *, count: int | None = None) -> tuple[dict[str, tuple[Params, State]], Any]:
+    """Every batch norm of a model, converted, and the rest of the tree as it was.
+
+    norms, rest = split(tree, library)
+
+    Args:
+        tree: "torch": `model.state_dict()`. "keras": `{v.path: v for v in model.variables}`. "linen": variables. "nnx":
+            `nnx.state(model)` or a nested mapping of its arrays. "haiku": `(params, state)`. "equinox":
+            `(model, state)`.
+        library: "torch", "keras", "linen", "nnx", "haiku" or "equinox".
+        count: the updates that the averages stand for, instead of those that the tree holds, which are 0 where it
+            does not count. A momentum schedule goes on from there.
+
+    Returns:
+        Params and State by the path of the norm, with the library's own separator: `norms["layer1.0.bn1"]`,
+        `norms["Block_0/BatchNorm_0"]`. The tree without them; for Equinox, with None in their places.
+
+    Raises:
+        TypeError: tree is not of the kind that the library needs, or count is no int.
+        ValueError: unknown library, no batch norm in the tree, or entries that are missing, extra or misshaped; the
+            error lists them all.
+
+    Example:
+        >>> import numpy as np
+        >>> import jbn
+        >>> one = np.ones(2, np.float32)
+        >>> state_dict = {"conv.weight": one, "bn.running_mean": one, "bn.running_var": one}
+        >>> norms, rest = jbn.convert.split(state_dict, "torch")
+        >>> print(list(norms), list(rest), norms["bn"][1].mean)
+        ['bn'] ['conv.weight'] [1. 1.]
+
+    Source:
+        jbn's own convention.
+    """
+    _check_library(library, tuple(FINDERS))
+    names, nodes, rest = find(tree, library)
+    if not nodes:
+        raise ValueError(
+            f"`tree` holds no batch norm of {names.library}: expected `{names.mean}` and `{names.var}` somewhere in "
+            f"{TREES[library]}."
+        )
+    norms, problems = read_all(names, nodes, count)
+    refuse(names.library, problems)
+    return norms, rest
+
+
+def join(norms: Mapping[str, tuple[Params, State]], rest: Any, library: str, *, with_count: bool = False) -> Any:
+    """The tree of a model from its norms and the rest; the inverse of `split`.
+
+    join(*split(tree, library), library) = tree
+
+    Args:
+        norms: Params and State by the path of the norm, as `split` gives them.
+        rest: the tree without them; it is not changed.
+        library: "torch", "keras", "linen" or "nnx".
+        with_count: "linen" and "nnx": store the count too, which jbn's modules with a momentum schedule read.
+
+    Returns:
+        The tree, of dicts; the arrays of the norms in NumPy for PyTorch and Keras.
+
+    Raises:
+        TypeError: something that is no Params or State.
+        ValueError: unknown library, or a norm whose place in `rest` is taken.
+
+    Example:
+        >>> import jbn
+        >>> variables = jbn.convert.join({"Block_0/BatchNorm_0": jbn.init(2)}, {}, "linen")
+        >>> sorted(variables["batch_stats"]["Block_0"]["BatchNorm_0"])
+        ['mean', 'var']
+
+    Source:
+        jbn's own convention.
+    """
+    _check_library(library, ("torch", "keras", "linen", "nnx"))
+    if with_count and library not in ("linen", "nnx"):
+        raise ValueError(f"`with_count` is for linen and nnx, but `library` is {library!r}: leave it out.")
+    tree = copied(rest)
+    for where, (params, state) in norms.items():
+        for path, leaf in leaves_of(where, params, state, library, with_count).items():
+            insert(tree, path, leaf)
+    return tree
+
+
+def _check_library(library: Any, known: tuple[str, ...]) -> None:
+    if library not in known:
+        raise ValueError(f"`library` is {library!r}: expected one of {', '.join(map(repr, known))}.")
