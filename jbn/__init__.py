@@ -10,7 +10,7 @@ from jbn._moments import Moments, merge, moments
 from jbn._state import Params, State, init, unset, update
 
 if TYPE_CHECKING:
-    from jbn import linen, nnx
+    from jbn import checkpoint, linen, nnx
 
 __version__ = "0.1.0.dev0"
 
@@ -20,6 +20,7 @@ __all__ = [
     "State",
     "__version__",
     "batch_norm",
+    "checkpoint",
     "convert",
     "fold",
     "init",
@@ -36,10 +37,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Modules that need Flax load when they are first touched."""
-    if name in ("linen", "nnx"):
+    if name in ("checkpoint", "linen", "nnx"):
         return importlib.import_module(f"jbn.{name}")
     raise AttributeError(f"module 'jbn' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), "linen", "nnx"])
+    return sorted([*globals(), "checkpoint", "linen", "nnx"])

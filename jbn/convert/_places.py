@@ -94,13 +94,15 @@ FINDERS: dict[str, Callable[[Any], Found]] = {
 }
 
 
-def leaves_of(where: str, params: Params, state: State, library: str, with_count: bool) -> dict[tuple[str, ...], Any]:
+def leaves_of(where: str, params: Params, state: State, library: str, with_count: bool) -> dict[tuple[Any, ...], Any]:
     """The arrays of a norm, each by its path in the tree of a library."""
     if library in FLAT:
         separator, write = FLAT[library]
         return {(_joined(where, name, separator),): leaf for name, leaf in write(params, state).items()}
     node = where.split("/") if where else []
     if library == "nnx":
+        # Attributes are identifiers: a number is a place in a sequence.
+        node = [int(part) if part.isdigit() else part for part in node]
         return {(*node, name): leaf for name, leaf in to_nnx(params, state, with_count=with_count).items()}
     variables = to_linen(params, state, with_count=with_count)
     return {
@@ -108,13 +110,15 @@ def leaves_of(where: str, params: Params, state: State, library: str, with_count
     }
 
 
-def insert(tree: dict[Any, Any], path: tuple[str, ...], leaf: Any) -> None:
+def insert(tree: dict[Any, Any], path: tuple[Any, ...], leaf: Any) -> None:
     """Put a leaf into a tree of dicts, where its place must be free."""
     node = tree
     for part in path[:-1]:
         node = node.setdefault(_key(node, part), {}) if isinstance(node, dict) else None
     if not isinstance(node, dict) or path[-1] in node:
-        raise ValueError(f"`rest` has something at {'/'.join(path)} already: expected the tree without its norms.")
+        raise ValueError(
+            f"`rest` has something at {'/'.join(map(str, path))} already: expected the tree without its norms."
+        )
     node[path[-1]] = leaf
 
 
@@ -123,10 +127,9 @@ def copied(tree: Mapping[Any, Any]) -> dict[Any, Any]:
     return {key: copied(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
 
 
-def _key(node: Mapping[Any, Any], part: str) -> Any:
-    """The key that a part of a path stands for: the one that is there, or for a place in a sequence its number."""
-    present = next((key for key in node if str(key) == part), part)
-    return int(part) if present is part and part.isdigit() and part not in node else present
+def _key(node: Mapping[Any, Any], part: Any) -> Any:
+    """A place in a sequence is a number, except where a checkpoint turned those beside it to strings."""
+    return str(part) if any(isinstance(key, str) for key in node) else part
 
 
 def _has_statistics(names: Names, entries: Mapping[str, Any]) -> bool:

@@ -1,0 +1,125 @@
+"""Round trips through orbax and flax.serialization are bit-equal; what is no such checkpoint gives one clear error."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import linen as nn
+from flax import nnx, serialization
+
+import jbn
+
+
+@pytest.fixture
+def tree(rng):
+    """What a training loop saves: params and states of two norms, one without scale, and an optimizer's state."""
+    params, state = jbn.init(3)
+    for _ in range(3):
+        _, state = jbn.batch_norm(params, state, rng.normal(size=(5, 3)).astype(np.float32), True)
+    other = jbn.Params(None, params.bias + 0.1), jbn.unset(state)
+    return {"first": (params, state), "second": other, "optimizer": optax.adam(1e-3).init(params)}
+
+
+def save_by_orbax(path, tree):
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path, tree)
+
+
+def save_by_flax(path, tree):
+    path.write_bytes(serialization.to_bytes(tree))
+
+
+SAVES = {"orbax": save_by_orbax, "flax.serialization": save_by_flax}
+by_format = pytest.mark.parametrize("save", SAVES.values(), ids=SAVES)
+
+
+def assert_bit_equal(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == e.dtype
+        np.testing.assert_array_equal(a, e)
+
+
+@by_format
+def test_round_trip_is_bit_equal(tmp_path, tree, save):
+    save(tmp_path / "saved", tree)
+    assert_bit_equal(jbn.checkpoint.restore(tmp_path / "saved", tree), tree)
+    assert_bit_equal(jbn.checkpoint.restore(str(tmp_path / "saved"), jax.eval_shape(lambda: tree)), tree)
+
+
+@by_format
+def test_training_goes_on_as_if_it_had_not_stopped(tmp_path, tree, save, rng):
+    save(tmp_path / "saved", tree)
+    restored = jbn.checkpoint.restore(tmp_path / "saved", tree)
+    step = jax.jit(jbn.batch_norm, static_argnums=3)
+    x = rng.normal(size=(5, 3)).astype(np.float32)
+    for name in ("first", "second"):
+        assert_bit_equal(step(*restored[name], x, True), step(*tree[name], x, True))
+
+
+@by_format
+def test_checkpoints_of_flax_batch_norm(tmp_path, save, rng):
+    x = rng.normal(size=(5, 3)).astype(np.float32)
+    norm = nn.BatchNorm(use_running_average=False)
+    variables = norm.init(jax.random.key(0), x)
+    _, updated = norm.apply(variables, x, mutable=["batch_stats"])
+    save(tmp_path / "saved", {**variables, **updated})
+    target = jbn.linen.BatchNorm(use_running_average=False).init(jax.random.key(1), x)
+    restored = jbn.checkpoint.restore(tmp_path / "saved", target)
+    params, state = jbn.convert.from_linen(restored)
+    expected = nn.BatchNorm(use_running_average=True).apply(restored, x)
+    np.testing.assert_allclose(jbn.normalize(params, state, x), expected, rtol=1e-5, atol=1e-6)
+
+
+@by_format
+def test_state_of_an_nnx_model(tmp_path, save):
+    model, other = (module.BatchNorm(3, rngs=nnx.Rngs(0)) for module in (nnx, jbn.nnx))
+    model(jnp.arange(12.0).reshape(4, 3))
+    save(tmp_path / "saved", nnx.to_pure_dict(nnx.state(model)))
+    nnx.update(other, jbn.checkpoint.restore(tmp_path / "saved", nnx.to_pure_dict(nnx.state(other))))
+    assert_bit_equal(nnx.to_pure_dict(nnx.state(other)), nnx.to_pure_dict(nnx.state(model)))
+
+
+@by_format
+def test_one_error_lists_how_the_tree_differs(tmp_path, tree, save):
+    save(tmp_path / "saved", {"norm": tree["first"], "more": jnp.ones(2)})
+    params, state = jbn.init(5, np.float32)
+    target = {"norm": (params, state._replace(count=jnp.float32(0))), "other": jnp.ones(2)}
+    with pytest.raises(ValueError, match="is not one of `target`") as caught:
+        jbn.checkpoint.restore(tmp_path / "saved", target)
+    lines = {line.strip() for line in str(caught.value).splitlines()[1:]}
+    misshaped = {f"norm/{leaf} has shape (3,), not (5,)" for leaf in ("0/scale", "0/bias", "1/mean", "1/var")}
+    assert lines == {"other is missing", "more is extra", "norm/1/count has dtype int32, not float32", *misshaped}
+
+
+@pytest.mark.parametrize("content", [b"", b"hello world", b"\x80", "half"])
+def test_files_that_are_no_whole_checkpoint(tmp_path, tree, content):
+    path = tmp_path / "saved"
+    save_by_flax(path, tree)
+    path.write_bytes(path.read_bytes()[:200] if content == "half" else content)
+    with pytest.raises(ValueError, match=r"saved (holds no whole checkpoint|is not one of `target`)"):
+        jbn.checkpoint.restore(path, tree)
+
+
+def test_directories_that_are_no_checkpoint(tmp_path, tree):
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(ValueError, match=r"holds no whole checkpoint.*no metadata of orbax"):
+        jbn.checkpoint.restore(tmp_path, tree)
+
+
+@pytest.mark.parametrize("damage", ["_METADATA", "manifest.ocdbt", "d/*"])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax's own readers, still running
+def test_a_checkpoint_that_was_cut_off(tmp_path, tree, damage):
+    path = tmp_path / "saved"
+    save_by_orbax(path, tree)
+    for file in path.glob(damage):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(ValueError, match="saved holds no whole checkpoint"):
+        jbn.checkpoint.restore(path, tree)
+
+
+def test_nothing_there(tmp_path, tree):
+    with pytest.raises(FileNotFoundError, match=r"`path` is .*missing, where there is nothing"):
+        jbn.checkpoint.restore(tmp_path / "missing", tree)

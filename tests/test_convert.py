@@ -1,0 +1,503 @@
+"""Models of other libraries, trained there, predict and train on the same in jbn; and arrays come back bit for bit."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+from tolerances import allowed, assert_close
+
+import jbn
+from jbn.convert import join, split
+
+
+def assert_same_prediction(actual, expected):
+    """Within 1e-5 of the largest output, in float32."""
+    expected = np.asarray(expected)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * np.max(np.abs(expected)))
+
+
+def assert_bit_equal(actual, expected):
+    """Trees of the same keys, whose arrays have the same bits."""
+    actual, expected = (dict(tree) for tree in (actual, expected))
+    assert sorted(actual) == sorted(expected)
+    for name, e in expected.items():
+        a, e = np.asarray(actual[name]), np.asarray(e)
+        assert a.dtype == e.dtype, name
+        np.testing.assert_array_equal(a, e, err_msg=name)
+
+
+def forward(convolutions, norms, dense, x, train, *, layout, **options):
+    """Two convolutions, each with norm and relu; the mean over places; a dense layer. New states beside the output."""
+    channels = layout[0].index("C")
+    states = []
+    for (kernel, bias), (params, state) in zip(convolutions, norms, strict=True):
+        x = jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=(*layout, layout[0]))
+        if bias is not None:
+            x += jnp.expand_dims(bias, [axis for axis in range(4) if axis != channels])
+        x, state = jbn.batch_norm(params, state, x, train, feature_axis=channels, activation=jax.nn.relu, **options)
+        states.append(state)
+    kernel, bias = dense
+    return x.mean([axis for axis in (1, 2, 3) if axis != channels]) @ kernel + bias[None], states
+
+
+def images(rng, *shape):
+    return (rng.normal(size=shape) * 3 + 1).astype(np.float32)
+
+
+@pytest.fixture
+def torch_model(rng):
+    torch = pytest.importorskip("torch", reason="torch is not installed: pip install -e '.[peers]'")
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3),
+        torch.nn.BatchNorm2d(8),
+        torch.nn.ReLU(),
+        torch.nn.Conv2d(8, 6, 3, bias=False),
+        torch.nn.BatchNorm2d(6),
+        torch.nn.ReLU(),
+        torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(),
+        torch.nn.Linear(6, 4),
+    )
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(torch.tensor(images(rng, 8, 3, 8, 8))), torch.arange(8) % 4)
+        loss.backward()
+        optimizer.step()
+    return torch, model
+
+
+@pytest.mark.peers
+def test_a_trained_torch_model(rng, torch_model):
+    torch, model = torch_model
+    norms, rest = split(model.state_dict(), "torch")
+    assert list(norms) == ["1", "4"]
+    assert sorted(rest) == ["0.bias", "0.weight", "3.weight", "8.bias", "8.weight"]
+    assert [int(state.count) for _, state in norms.values()] == [5, 5]
+    weights = {name: jnp.asarray(tensor.numpy()) for name, tensor in rest.items()}
+    run = functools.partial(
+        forward,
+        [(weights["0.weight"], weights["0.bias"]), (weights["3.weight"], None)],
+        norms.values(),
+        (weights["8.weight"].T, weights["8.bias"]),
+        layout=("NCHW", "OIHW"),
+        momentum=jbn.momentum.from_torch(0.1),
+        running_var="unbiased",
+    )
+    x = images(rng, 8, 3, 8, 8)
+    assert_same_prediction(run(x, False)[0], model.eval()(torch.tensor(x)).detach())
+    model.train()(torch.tensor(x))
+    after, _ = split(model.state_dict(), "torch")
+    for state, (_, expected) in zip(run(x, True)[1], after.values(), strict=True):
+        assert int(state.count) == int(expected.count) == 6
+        assert_close(state.mean, expected.mean, condition=10)
+        assert_close(state.var, expected.var, condition=10)
+
+
+@pytest.mark.peers
+def test_torch_there_and_back(torch_model):
+    torch, model = torch_model
+    state_dict = model.state_dict()
+    back = join(*split(state_dict, "torch"), "torch")
+    assert_bit_equal(back, state_dict)
+    model.load_state_dict({name: torch.as_tensor(array) for name, array in back.items()})
+
+
+@pytest.mark.peers
+def test_torch_goes_on_writing_to_its_own_memory(torch_model):
+    _, model = torch_model
+    norms, _ = split(model.state_dict(), "torch")
+    before = np.array(norms["1"][1].mean)
+    model[1].running_mean.fill_(7)
+    np.testing.assert_array_equal(norms["1"][1].mean, before)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_torch_in_half_precision(torch_model, dtype):
+    torch, model = torch_model
+    norms, _ = split(model.to(getattr(torch, dtype)).state_dict(), "torch")
+    params, state = norms["1"]
+    assert params.scale.dtype == dtype
+    assert state.mean.dtype == jnp.float32
+    np.testing.assert_array_equal(state.mean, model[1].running_mean.float().numpy())
+
+
+@pytest.fixture
+def keras_model(rng):
+    keras = pytest.importorskip("keras", reason="keras is not installed: pip install -e '.[peers]'")
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 3)),
+            keras.layers.Conv2D(8, 3),
+            keras.layers.BatchNormalization(momentum=0.9, name="first"),
+            keras.layers.ReLU(),
+            keras.layers.Conv2D(6, 3, use_bias=False),
+            keras.layers.BatchNormalization(momentum=0.9, name="second"),
+            keras.layers.ReLU(),
+            keras.layers.GlobalAveragePooling2D(),
+            keras.layers.Dense(4),
+        ],
+        name="net",
+    )
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.SGD(0.1), loss)
+    for _ in range(5):
+        model.train_on_batch(images(rng, 8, 8, 8, 3), np.arange(8) % 4)
+    return keras, model
+
+
+def keras_variables(model):
+    return {variable.path: variable for variable in model.variables}
+
+
+@pytest.mark.peers
+def test_a_trained_keras_model(rng, keras_model):
+    _, model = keras_model
+    norms, rest = split(keras_variables(model), "keras", count=5)
+    assert list(norms) == ["net/first", "net/second"]
+    weights = [jnp.asarray(np.asarray(variable)) for variable in rest.values()]
+    run = functools.partial(
+        forward,
+        [(weights[0], weights[1]), (weights[2], None)],
+        norms.values(),
+        (weights[3], weights[4]),
+        layout=("NHWC", "HWIO"),
+        epsilon=1e-3,
+        momentum=0.9,
+    )
+    x = images(rng, 8, 8, 8, 3)
+    assert_same_prediction(run(x, False)[0], model(x, training=False))
+    model(x, training=True)
+    after, _ = split(keras_variables(model), "keras")
+    for state, (_, expected) in zip(run(x, True)[1], after.values(), strict=True):
+        assert int(state.count) == 6
+        assert_close(state.mean, expected.mean, condition=10)
+        assert_close(state.var, expected.var, condition=10)
+
+
+@pytest.mark.peers
+def test_keras_there_and_back(keras_model):
+    _, model = keras_model
+    variables = keras_variables(model)
+    before = {path: np.asarray(variable) for path, variable in variables.items()}
+    back = join(*split(variables, "keras"), "keras")
+    assert_bit_equal(back, before)
+    for path, variable in variables.items():
+        variable.assign(back[path])
+
+
+@pytest.mark.peers
+def test_a_trained_haiku_model(rng):
+    hk = pytest.importorskip("haiku", reason="haiku is not installed: pip install -e '.[peers]'")
+
+    def network(x, train):
+        x = hk.Conv2D(8, 3, padding="VALID", name="conv1")(x)
+        x = jax.nn.relu(hk.BatchNorm(True, True, 0.9, name="norm1")(x, train))
+        x = hk.Conv2D(6, 3, padding="VALID", with_bias=False, name="conv2")(x)
+        x = jax.nn.relu(hk.BatchNorm(True, True, 0.9, name="norm2")(x, train))
+        return hk.Linear(4, name="dense")(x.mean((1, 2)))
+
+    model = hk.transform_with_state(network)
+    params, state = model.init(jax.random.key(0), images(rng, 8, 8, 8, 3), True)
+    fresh, _ = split((params, state), "haiku")
+    assert bool(jnp.all(jnp.isneginf(fresh["norm1"][1].var)))
+    for _ in range(5):
+        x = images(rng, 8, 8, 8, 3)
+        gradient = jax.grad(lambda p, x=x, s=state: jnp.mean(model.apply(p, s, None, x, True)[0] ** 2))(params)
+        _, state = model.apply(params, state, None, x, True)
+        params = jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient)
+    norms, (rest, others) = split((params, state), "haiku")
+    assert others == {}
+    assert sorted(rest) == ["conv1", "conv2", "dense"]
+    run = functools.partial(
+        forward,
+        [(rest["conv1"]["w"], rest["conv1"]["b"]), (rest["conv2"]["w"], None)],
+        norms.values(),
+        (rest["dense"]["w"], rest["dense"]["b"]),
+        layout=("NHWC", "HWIO"),
+        momentum=jbn.momentum.debiased(0.9),
+    )
+    x = images(rng, 8, 8, 8, 3)
+    assert_same_prediction(run(x, False)[0], model.apply(params, state, None, x, False)[0])
+    _, state = model.apply(params, state, None, x, True)
+    for ours, (_, expected) in zip(run(x, True)[1], split((params, state), "haiku")[0].values(), strict=True):
+        assert int(ours.count) == int(expected.count) == 6
+        # Haiku's variance is E[x^2] - E[x]^2, which amplifies rounding by its second term over the variance.
+        condition = 1 + float(jnp.max(jnp.square(expected.mean) / expected.var))
+        assert_close(ours.mean, expected.mean, condition=10)
+        assert_close(ours.var, expected.var, condition=10 * condition)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("mode", ["ema", "batch"])
+def test_a_trained_equinox_model(rng, mode):
+    eqx = pytest.importorskip("equinox", reason="equinox is not installed: pip install -e '.[peers]'")
+
+    class Network(eqx.Module):
+        layers: list
+
+        def __init__(self, key):
+            first, second, third = jax.random.split(key, 3)
+            # So small a momentum that after 30 steps nothing is left of the start, which Equinox's inference misreads.
+            norm = functools.partial(eqx.nn.BatchNorm, axis_name="batch", momentum=0.4, mode=mode)
+            self.layers = [eqx.nn.Conv2d(3, 8, 3, key=first), norm(8)]
+            self.layers += [eqx.nn.Conv2d(8, 6, 3, use_bias=False, key=second), norm(6), eqx.nn.Linear(6, 4, key=third)]
+
+        def __call__(self, x, state):
+            for convolution, norm in (self.layers[:2], self.layers[2:4]):
+                x, state = norm(convolution(x), state)
+                x = jax.nn.relu(x)
+            return self.layers[4](x.mean((1, 2))), state
+
+    model, state = eqx.nn.make_with_state(Network)(jax.random.key(0))
+    apply = functools.partial(jax.vmap, axis_name="batch", in_axes=(0, None), out_axes=(0, None))
+    with jax.numpy_dtype_promotion("standard"):
+        for _ in range(30):
+            _, state = apply(model)(images(rng, 8, 3, 8, 8), state)
+        x = images(rng, 8, 3, 8, 8)
+        expected, _ = apply(eqx.nn.inference_mode(model))(x, state)
+    norms, (rest, _) = split((model, state), "equinox")
+    assert list(norms) == ["layers/1", "layers/3"]
+    assert rest.layers[1] is rest.layers[3] is None
+    convolutions = [(rest.layers[0].weight, rest.layers[0].bias[:, 0, 0]), (rest.layers[2].weight, None)]
+    dense = rest.layers[4].weight.T, rest.layers[4].bias
+    out, _ = forward(convolutions, norms.values(), dense, x, False, layout=("NCHW", "OIHW"))
+    assert_same_prediction(out, expected)
+
+
+@pytest.mark.peers
+def test_equinox_batch_mode_is_converted_to_what_it_means(rng):
+    eqx = pytest.importorskip("equinox", reason="equinox is not installed: pip install -e '.[peers]'")
+    layer, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(3, "batch", momentum=0.99, mode="batch")
+    _, start = jbn.convert.from_equinox(layer, state)
+    np.testing.assert_array_equal(start.var, np.ones(3))
+    batches = rng.normal(size=(10, 64, 3)).astype(np.float32)
+    for x in batches:
+        _, state = jax.vmap(layer, axis_name="batch", in_axes=(0, None), out_axes=(0, None))(x, state)
+    _, converted = jbn.convert.from_equinox(layer, state)
+    weights = 0.99 ** np.arange(9, -1, -1)
+    assert int(converted.count) == 10
+    # What is left of the start is 0.99**10, and is taken out of a hidden value that was rounded beside it.
+    condition = 1 / (1 - 0.99**10)
+    batches = batches.astype(np.float64)
+    assert_close(converted.mean, np.average(batches.mean(1), axis=0, weights=weights), condition=condition, scale=1)
+    assert_close(converted.var, np.average(batches.var(1), axis=0, weights=weights), condition=condition)
+
+
+@pytest.mark.peers
+def test_equinox_before_its_first_batch_is_unset():
+    eqx = pytest.importorskip("equinox", reason="equinox is not installed: pip install -e '.[peers]'")
+    layer, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(3, "batch", channelwise_affine=False, mode="ema")
+    params, converted = jbn.convert.from_equinox(layer, state)
+    assert params == jbn.Params(None, None)
+    np.testing.assert_array_equal(converted.var, np.full(3, -np.inf))
+
+
+class LinenNet(nn.Module):
+    norm: type = nn.BatchNorm
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(2):
+            x = nn.Dense(5)(x)
+            x = self.norm(use_running_average=False, momentum=0.9)(x)
+        return nn.LayerNorm()(x)
+
+
+def test_linen_trees(rng):
+    x = images(rng, 6, 4)
+    model = LinenNet()
+    variables = model.init(jax.random.key(0), x)
+    _, updated = model.apply(variables, x, mutable=["batch_stats"])
+    variables = {**variables, **updated, "cache": {"step": 3}}
+    norms, rest = split(variables, "linen", count=7)
+    assert list(norms) == ["BatchNorm_0", "BatchNorm_1"]
+    assert sorted(rest) == ["cache", "params"]
+    assert sorted(rest["params"]) == ["Dense_0", "Dense_1", "LayerNorm_0"]
+    back = join(norms, rest, "linen")
+    assert jax.tree.structure(back) == jax.tree.structure(variables)
+    jax.tree.map(np.testing.assert_array_equal, back, variables)
+    counted = join(norms, rest, "linen", with_count=True)["batch_stats"]["BatchNorm_0"]
+    assert int(counted["count"]) == 7
+    assert_close(
+        jbn.normalize(*norms["BatchNorm_0"], x @ jnp.ones((4, 5))),
+        nn.BatchNorm(use_running_average=True).apply(
+            {kind: tree["BatchNorm_0"] for kind, tree in variables.items() if kind != "cache"}, x @ jnp.ones((4, 5))
+        ),
+    )
+
+
+def test_linen_norms_that_are_scanned_over(rng):
+    stack = nn.scan(
+        lambda norm, x: (norm(x), None),
+        variable_axes={"params": 0, "batch_stats": 0},
+        split_rngs={"params": True},
+        length=3,
+    )
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            norm = jbn.linen.BatchNorm(use_running_average=False, momentum=jbn.momentum.cumulative(), name="norm")
+            return stack(norm, x)[0]
+
+    variables = Net().init(jax.random.key(0), images(rng, 6, 4))
+    norms, rest = split(variables, "linen")
+    _, state = norms["norm"]
+    assert state.mean.shape == (3, 4)
+    assert state.count.shape == (3,)
+    jax.tree.map(np.testing.assert_array_equal, join(norms, rest, "linen", with_count=True), variables)
+
+
+class NNXNet(nnx.Module):
+    def __init__(self, rngs):
+        self.blocks = nnx.List([nnx.Linear(4, 4, rngs=rngs), nnx.BatchNorm(4, use_bias=False, rngs=rngs)])
+        self.last = jbn.nnx.BatchNorm(4, momentum=jbn.momentum.cumulative(), rngs=rngs)
+
+    def __call__(self, x):
+        for layer in (*self.blocks, self.last):
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("pure", [False, True])
+def test_nnx_trees(rng, pure):
+    model, other = NNXNet(nnx.Rngs(0)), NNXNet(nnx.Rngs(1))
+    x = images(rng, 6, 4)
+    model(x)
+    state = nnx.state(model)
+    norms, rest = split(nnx.to_pure_dict(state) if pure else state, "nnx")
+    assert sorted(norms) == ["blocks/1", "last"]
+    assert norms["blocks/1"][0].bias is None
+    assert int(norms["last"][1].count) == 1
+    assert list(rest) == ["blocks"]
+    tree = join(norms, rest, "nnx")
+    tree["last"]["count"] = norms["last"][1].count
+    nnx.update(other, tree)
+    for a, e in zip(jax.tree.leaves(nnx.state(other)), jax.tree.leaves(nnx.state(model)), strict=True):
+        np.testing.assert_array_equal(a, e)
+    model.eval(), other.eval()
+    np.testing.assert_array_equal(other(x), model(x))
+
+
+def test_nnx_keys_that_a_checkpoint_turned_to_strings():
+    layer = nnx.to_pure_dict(nnx.state(nnx.BatchNorm(2, rngs=nnx.Rngs(0))))
+    tree = {"blocks": {"0": layer, "1": {"kernel": jnp.ones(2)}}}
+    back = join(*split(tree, "nnx"), "nnx")
+    assert jax.tree.structure(back) == jax.tree.structure(tree)
+
+
+@pytest.mark.parametrize("library", ["torch", "keras", "linen", "nnx"])
+@pytest.mark.parametrize(
+    "affine", [jbn.Params(None, None), jbn.Params(jnp.full(2, 3.0), None), jbn.Params(None, jnp.full(2, 3.0))]
+)
+def test_one_norm_there_and_back(library, affine):
+    state = jbn.State(jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0]), jnp.int32(5))
+    options = {"with_count": True} if library in ("linen", "nnx") else {}
+    arrays = getattr(jbn.convert, f"to_{library}")(affine, state, **options)
+    params, back = getattr(jbn.convert, f"from_{library}")(arrays, **({"count": 5} if library == "keras" else {}))
+    jax.tree.map(np.testing.assert_array_equal, back, state)
+    if library == "torch" and affine != jbn.Params(None, None):
+        affine = jbn.Params(
+            jnp.ones(2) if affine.scale is None else affine.scale,
+            jnp.zeros(2) if affine.bias is None else affine.bias,
+        )
+    assert jax.tree.structure(params) == jax.tree.structure(affine)
+    jax.tree.map(np.testing.assert_array_equal, params, affine)
+
+
+ONE, TWO = np.ones(1, np.float32), np.ones(2, np.float32)
+GOOD = {"running_mean": TWO, "running_var": TWO}
+WRONG = {
+    "missing": ({"bn.running_mean": TWO}, ["bn: `running_var` is missing"]),
+    "extra": ({"bn.running_mean": TWO, "bn.running_var": TWO, "bn.gamma": TWO}, ["bn: `gamma` is extra"]),
+    "misshaped": (
+        {"a.running_mean": TWO, "a.running_var": ONE, "b.running_mean": TWO, "b.running_var": TWO, "b.weight": ONE},
+        ["a: `running_var` has shape (1,), not (2,) as `running_mean`", "b: `weight` has shape (1,), not (2,)"],
+    ),
+    "count": ({**GOOD, "num_batches_tracked": TWO}, ["`num_batches_tracked` has shape (2,), not ()"]),
+    "whole numbers": ({**GOOD, "weight": np.ones(2, int)}, ["`weight` has dtype int32, not a float one"]),
+    "no array": ({**GOOD, "weight": "heavy"}, ["`weight` is a str, which makes no array"]),
+}
+
+
+@pytest.mark.parametrize(("tree", "messages"), WRONG.values(), ids=WRONG)
+def test_one_error_lists_all_that_is_wrong(tree, messages):
+    with pytest.raises(ValueError, match="not those of batch norm in PyTorch") as caught:
+        split(tree, "torch")
+    for message in messages:
+        assert message in str(caught.value)
+    if not any("." in name for name in tree):
+        with pytest.raises(ValueError, match="not those of batch norm"):
+            jbn.convert.from_torch(tree)
+
+
+REFUSED = {
+    "library": (lambda: split({}, "mxnet"), ValueError, "`library` is 'mxnet': expected one of 'torch', 'keras'"),
+    "only into jbn": (lambda: join({}, {}, "haiku"), ValueError, "`library` is 'haiku'"),
+    "no norm": (
+        lambda: split({"conv.weight": TWO}, "torch"),
+        ValueError,
+        "holds no batch norm of PyTorch.*`running_mean`",
+    ),
+    "no mapping": (lambda: split([TWO], "torch"), TypeError, "`tree` is a list: for 'torch' expected.*state_dict"),
+    "no pair": (
+        lambda: split({}, "haiku"),
+        TypeError,
+        "`tree` is a dict: for 'haiku' expected the pair \\(params, state\\)",
+    ),
+    "count": (lambda: jbn.convert.from_torch(GOOD, count=1.5), TypeError, "`count` is 1.5: expected an int"),
+    "negative count": (lambda: jbn.convert.from_torch(GOOD, count=-1), ValueError, "`count` is -1"),
+    "place taken": (
+        lambda: join({"bn": jbn.init(2)}, {"bn.weight": TWO}, "torch"),
+        ValueError,
+        "`rest` has something at bn.weight already",
+    ),
+    "place taken above": (
+        lambda: join({"bn": jbn.init(2)}, {"params": {"bn": TWO}}, "linen"),
+        ValueError,
+        "`rest` has something at params/bn/scale already",
+    ),
+    "count in keras": (lambda: join({}, {}, "keras", with_count=True), ValueError, "`with_count` is for linen and nnx"),
+    "no Params": (lambda: jbn.convert.to_torch(GOOD, jbn.init(2)[1]), TypeError, "`params` is a dict"),
+    "no Equinox layer": (lambda: jbn.convert.from_equinox({}, {}), TypeError, "`layer` is a dict"),
+    "other collections": (
+        lambda: jbn.convert.from_linen({"params": {}, "cache": {}}),
+        ValueError,
+        "`cache` is extra",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "error", "message"), REFUSED.values(), ids=REFUSED)
+def test_refusals(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_inputs_are_left_as_they_were():
+    tree = {
+        "params": {"norm": {"scale": TWO}, "dense": {"kernel": TWO}},
+        "batch_stats": {"norm": {"mean": TWO, "var": TWO}},
+    }
+    copy = jax.tree.map(np.copy, tree)
+    norms, rest = split(tree, "linen")
+    kept = jax.tree.map(np.copy, rest)
+    join(norms, rest, "linen")["params"]["dense"]["kernel"] = None
+    for given, expected in ((tree, copy), (rest, kept)):
+        assert jax.tree.structure(given) == jax.tree.structure(expected)
+        jax.tree.map(np.testing.assert_array_equal, given, expected)
+
+
+def test_a_count_keeps_a_schedule_from_overwriting_what_was_loaded(rng):
+    params, state = jbn.convert.from_keras({"moving_mean": TWO * 5, "moving_variance": TWO}, count=99)
+    x = images(rng, 16, 2)
+    _, new = jbn.batch_norm(params, state, x, True, momentum=jbn.momentum.cumulative())
+    np.testing.assert_allclose(new.mean, 0.99 * 5 + 0.01 * x.mean(0), rtol=allowed("float32"))
