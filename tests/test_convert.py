@@ -100,6 +100,22 @@ def test_a_trained_torch_model(rng, torch_model):
 
 
 @pytest.mark.peers
+def test_a_torch_norm_in_a_flax_model(rng, torch_model):
+    torch, model = torch_model
+    norms, _ = split(model.state_dict(), "torch")
+    variables = join({"BatchNorm_0": norms["1"]}, {}, "linen")
+
+    class Network(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.BatchNorm(use_running_average=True)(x)
+
+    x = images(rng, 2, 4, 4, 8)
+    expected = model[1].eval()(torch.tensor(x.transpose(0, 3, 1, 2))).detach().numpy().transpose(0, 2, 3, 1)
+    assert_same_prediction(Network().apply(variables, x), expected)
+
+
+@pytest.mark.peers
 def test_torch_there_and_back(torch_model):
     torch, model = torch_model
     state_dict = model.state_dict()

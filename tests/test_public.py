@@ -1,10 +1,12 @@
 """The surface of the package: its names, what importing it loads, and a script that uses all of it."""
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
+import pytest
 import user_script
 
 import jbn
@@ -16,6 +18,7 @@ def test_a_script_that_calls_every_public_name(capsys):
     assert jbn.__version__ in capsys.readouterr().out
     text = Path(user_script.__file__).read_text()
     names = {f"jbn.{name}" for name in jbn.__all__} | {f"jbn.momentum.{name}" for name in public(jbn.momentum)}
+    names |= {f"jbn.convert.{name}" for name in jbn.convert.__all__}
     assert [name for name in sorted(names) if name not in text] == []
 
 
@@ -28,7 +31,8 @@ def public(module):
 
 
 def test_import_is_light():
-    script = "import jbn, sys; print([name for name in ('flax', 'optax', 'chex', 'matplotlib') if name in sys.modules])"
+    heavy = ("flax", "optax", "chex", "matplotlib", "orbax")
+    script = f"import jbn, sys; print([name for name in {heavy} if name in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert loaded.strip() == "[]"
 
@@ -44,15 +48,27 @@ def test_core_imports_point_one_way():
         "_standardize": {"_collectives", "_moments"},
         "_state": {"_arguments", "_moments", "momentum"},
         "_batch_norm": {"_arguments", "_collectives", "_moments", "_standardize", "_state", "momentum"},
+        "_fold": {"_arguments", "_moments", "_state"},
+        "_flax": set(),
+        "linen": {"_arguments", "_batch_norm", "_collectives", "_flax", "_state", "momentum"},
+        "nnx": {"_arguments", "_batch_norm", "_collectives", "_flax", "_state", "momentum"},
+        "checkpoint": set(),
     }
     for module, below in allowed.items():
-        lines = (package / f"{module}.py").read_text().splitlines()
-        imported = {
-            line.removeprefix("from jbn.").split(" ")[0] if line.startswith("from jbn.") else line.split(" ")[3]
-            for line in lines
-            if line.startswith(("from jbn.", "from jbn import"))
-        }
-        assert imported <= below, (module, imported)
+        assert imported_by(package / f"{module}.py") <= below, module
+    for path in (package / "convert").glob("_*.py"):
+        assert imported_by(path) <= {"_arguments", "_moments", "_state", "convert"}, path
+
+
+def imported_by(path):
+    """The modules of jbn that a file imports, by the first part of their name."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "jbn":
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jbn."):
+            names.add(node.module.split(".")[1])
+    return names
 
 
 def test_every_public_name_is_documented():
@@ -64,6 +80,19 @@ def test_every_public_name_is_documented():
         elif isinstance(value, type):
             assert "Attributes:" in value.__doc__
             assert "Example:" in value.__doc__
-    for name in public(jbn.momentum):
+    functions = [getattr(jbn.momentum, name) for name in public(jbn.momentum)]
+    functions += [getattr(jbn.convert, name) for name in jbn.convert.__all__]
+    functions += [jbn.checkpoint.restore]
+    for function in functions:
         for heading in ("Returns:", "Raises:", "Example:", "Source:"):
-            assert heading in getattr(jbn.momentum, name).__doc__, (name, heading)
+            assert heading in function.__doc__, (function, heading)
+    for module in (jbn.linen.BatchNorm, jbn.nnx.BatchNorm):
+        for heading in ("momentum:", "Example:", "Source:"):
+            assert heading in module.__doc__
+
+
+def test_modules_that_need_flax_are_found():
+    assert {"checkpoint", "linen", "nnx"} <= set(dir(jbn))
+    absent = "haiku"
+    with pytest.raises(AttributeError, match="no attribute 'haiku'"):
+        getattr(jbn, absent)

@@ -1,11 +1,13 @@
 """A user's script that calls every public name; pyright checks it, and test_public.py runs it."""
 
 import functools
+import tempfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
+from flax import nnx, serialization
 
 import jbn
 
@@ -33,6 +35,24 @@ def train_step(params: jbn.Params, state: jbn.State, x: jax.Array) -> tuple[jbn.
     return jax.tree.map(lambda p, g: p - 0.1 * g, params, gradients), new_state
 
 
+def convert_and_serve(params: jbn.Params, state: jbn.State) -> list[jbn.State]:
+    states = [
+        jbn.convert.from_torch(jbn.convert.to_torch(params, state))[1],
+        jbn.convert.from_keras(jbn.convert.to_keras(params, state), count=3)[1],
+        jbn.convert.from_linen(jbn.convert.to_linen(params, state, with_count=True))[1],
+        jbn.convert.from_nnx(jbn.convert.to_nnx(params, state))[1],
+    ]
+    average = {"average": state.mean[None], "counter": 1}
+    states.append(jbn.convert.from_haiku({"mean_ema": average, "var_ema": average})[1])
+    others = [jbn.convert.from_equinox]
+    norms, rest = jbn.convert.split(jbn.convert.join({"norm": (params, state)}, {}, "linen"), "linen")
+    kernel, bias = jbn.fold(*norms["norm"], jnp.ones((2, 3)), epsilon=1e-3, output_axis=-1)
+    path = Path(tempfile.mkdtemp()) / "saved"
+    path.write_bytes(serialization.to_bytes(state))
+    print(kernel.shape, bias.shape, rest, others)
+    return [*states, jbn.checkpoint.restore(path, state)]
+
+
 def main() -> None:
     params, state = jbn.init(3)
     x = jax.random.normal(jax.random.key(0), (8, 3))
@@ -55,6 +75,7 @@ def main() -> None:
     variables = linen.init(jax.random.key(0), x)
     _, updated = linen.apply(variables, x, mutable=["batch_stats"])
     print(updated["batch_stats"]["count"], jbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0))(x, mask=x[:, 0] > 0).shape)
+    print(convert_and_serve(params, state))
     print(infer(x, dtype=jnp.bfloat16).shape, float(state.mean[0]), jbn.Params(None, params.bias), jbn.__version__)
 
 
