@@ -1,6 +1,12 @@
-"""What the Linen and the NNX module have in common: the options of Flax that are refused, and why."""
+"""What the Linen and the NNX module have in common: the call of `batch_norm` by attributes, and the options refused."""
 
 from typing import Any
+
+import jax
+
+from jbn import _arguments
+from jbn._batch_norm import batch_norm
+from jbn._state import Params, State
 
 NOT_NEEDED = {
     "use_fast_variance": "jbn's variance is exact at the speed of the fast one, so that there is nothing to choose",
@@ -14,3 +20,46 @@ def refuse_not_needed(**given: Any) -> None:
     for name, value in given.items():
         if value is not None:
             raise TypeError(f"`{name}` is {value!r}, but it is not needed: {NOT_NEEDED[name]}. Leave it out.")
+
+
+def checked_call(module: Any, x: Any, use_running_average: Any) -> tuple[jax.Array, tuple[int, ...]]:
+    """The input as an array, and the shape of its features."""
+    _arguments.check_train(use_running_average, "use_running_average", true="running", false="batch")
+    x = _arguments.checked_input(x)
+    return x, _arguments.checked_axes(module.axis, x.ndim, "axis").features(x.shape)
+
+
+def apply(
+    module: Any,
+    params: Params,
+    state: State,
+    x: jax.Array,
+    train: bool,
+    *,
+    mask: Any,
+    dtype: Any,
+    initializing: bool = False,
+) -> tuple[jax.Array, State]:
+    """`batch_norm` with the options that a module holds as attributes.
+
+    What a module is initialized with says nothing of training: any batch will do, outside of any mapped axis.
+    """
+    division: dict[str, Any] = {}
+    if not initializing:
+        names = ("axis_name", "axis_index_groups", "ghost_batch_size")
+        division = {name: getattr(module, name) for name in names}
+    reduced = _arguments.checked_axes(module.axis, x.ndim, "axis").reduced
+    return batch_norm(
+        params,
+        state,
+        x,
+        train and not (initializing and not reduced),
+        momentum=module.momentum,
+        epsilon=module.epsilon,
+        feature_axis=module.axis,
+        mask=mask,
+        running_var=module.running_var,
+        activation=module.activation,
+        dtype=dtype,
+        **division,
+    )

@@ -9,8 +9,7 @@ from flax import linen as nn
 from flax.linen.dtypes import canonicalize_dtype
 from jax.typing import ArrayLike
 
-from jbn import _arguments, _flax
-from jbn._batch_norm import batch_norm
+from jbn import _flax
 from jbn._collectives import AxisName, IndexGroups
 from jbn._state import Params, State
 from jbn.momentum import Schedule
@@ -103,37 +102,22 @@ class BatchNorm(nn.Module):
             ValueError: shapes or values that do not fit; or no `count` beside statistics that a schedule would update.
         """
         averaged = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
-        _arguments.check_train(averaged, "use_running_average", true="running", false="batch")
-        x = _arguments.checked_input(x)
-        axes = _arguments.checked_axes(self.axis, x.ndim, "axis")
-        features = axes.features(x.shape)
+        x, features = _flax.checked_call(self, x, averaged)
         train, initializing = not averaged, self.is_initializing()
 
-        if callable(self.momentum) and not initializing and train:
+        counted = callable(self.momentum) and (train or initializing)
+        if counted and not initializing:
             self._check_count()
         mean = self.variable("batch_stats", "mean", jnp.zeros, features, jnp.float32)
         var = self.variable("batch_stats", "var", jnp.ones, features, jnp.float32)
-        count = None
-        if callable(self.momentum) and (initializing or train):
-            count = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)
+        count = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32) if counted else None
         scale = self.param("scale", self.scale_init, features, self.param_dtype) if self.use_scale else None
         bias = self.param("bias", self.bias_init, features, self.param_dtype) if self.use_bias else None
         promoted = [x, *(param for param in (scale, bias) if param is not None)]
-        out, new_state = batch_norm(
-            Params(scale, bias),
-            State(mean.value, var.value, jnp.zeros((), jnp.int32) if count is None else count.value),
-            x,
-            train and not (initializing and not axes.reduced),
-            momentum=self.momentum,
-            epsilon=self.epsilon,
-            feature_axis=axes.feature,
-            mask=mask,
-            axis_name=None if initializing else self.axis_name,
-            axis_index_groups=None if initializing else self.axis_index_groups,
-            running_var=self.running_var,
-            ghost_batch_size=None if initializing else self.ghost_batch_size,
-            activation=self.activation,
-            dtype=canonicalize_dtype(*promoted, dtype=self.dtype),
+        dtype = canonicalize_dtype(*promoted, dtype=self.dtype)
+        state = State(mean.value, var.value, jnp.zeros((), jnp.int32) if count is None else count.value)
+        out, new_state = _flax.apply(
+            self, Params(scale, bias), state, x, train, mask=mask, dtype=dtype, initializing=initializing
         )
         if train and not initializing:
             mean.value, var.value = new_state.mean, new_state.var

@@ -12,7 +12,6 @@ from jax.nn import initializers
 from jax.typing import ArrayLike
 
 from jbn import _arguments, _flax
-from jbn._batch_norm import batch_norm
 from jbn._collectives import AxisName, IndexGroups
 from jbn._state import Params, State
 from jbn.momentum import Schedule
@@ -135,10 +134,8 @@ class BatchNorm(nnx.Module):
             ValueError: shapes or values that do not fit.
         """
         averaged = self.use_running_average if use_running_average is None else use_running_average
-        _arguments.check_train(averaged, "use_running_average", true="running", false="batch")
-        x = _arguments.checked_input(x)
-        axes = _arguments.checked_axes(self.axis, x.ndim, "axis")
-        self._check_features(x, axes)
+        x, features = _flax.checked_call(self, x, averaged)
+        self._check_features(x, features)
         if callable(self.momentum) and self.count is None:
             raise ValueError(
                 "`momentum` is a schedule, but the module was made for a number and has no `count`: give the schedule "
@@ -149,22 +146,8 @@ class BatchNorm(nnx.Module):
             self.mean[...], self.var[...], jnp.zeros((), jnp.int32) if self.count is None else self.count[...]
         )
         promoted = [array for array in (x, state.mean, state.var, *params) if array is not None]
-        out, new_state = batch_norm(
-            params,
-            state,
-            x,
-            not averaged,
-            momentum=self.momentum,
-            epsilon=self.epsilon,
-            feature_axis=axes.feature,
-            mask=mask,
-            axis_name=self.axis_name,
-            axis_index_groups=self.axis_index_groups,
-            running_var=self.running_var,
-            ghost_batch_size=self.ghost_batch_size,
-            activation=self.activation,
-            dtype=canonicalize_dtype(*promoted, dtype=self.dtype),
-        )
+        dtype = canonicalize_dtype(*promoted, dtype=self.dtype)
+        out, new_state = _flax.apply(self, params, state, x, not averaged, mask=mask, dtype=dtype)
         if not averaged:
             self.mean[...], self.var[...] = new_state.mean, new_state.var
             if self.count is not None:
@@ -176,9 +159,9 @@ class BatchNorm(nnx.Module):
         if use_running_average is not None:
             self.use_running_average = use_running_average
 
-    def _check_features(self, x: jax.Array, axes: _arguments.Axes) -> None:
+    def _check_features(self, x: jax.Array, given: tuple[int, ...]) -> None:
         """The features that x has are those that the module was made for."""
-        expected, given = self.mean[...].shape, axes.features(x.shape)
+        expected = self.mean[...].shape
         if given != expected:
             raise ValueError(
                 f"`x` of shape {x.shape} has features {given} on `axis` {self.axis}, but `num_features` is "
