@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import serialization
+
+Leaves = dict[tuple[str, ...], Any]
 
 
 def restore(path: str | Path, target: Any) -> Any:
@@ -18,16 +21,18 @@ def restore(path: str | Path, target: Any) -> Any:
     Neither format keeps the types of jbn: both write `Params` and `State` as dicts, and the target brings them back.
 
     Args:
-        path: a directory that `orbax.checkpoint.StandardCheckpointer` wrote, or a file with the bytes of
-            `flax.serialization.to_bytes`.
+        path: a directory that `orbax.checkpoint.StandardCheckpointer` wrote, which in a `CheckpointManager`'s is
+            `step/default`, or a file with the bytes of `flax.serialization.to_bytes`.
         target: a tree of the expected structure, of arrays or of what `jax.eval_shape` gives. From orbax, arrays come
-            with its shardings.
+            with the shardings that it has.
 
     Returns:
-        The tree, of the structure of `target`, its leaves as they were saved.
+        The tree, of the structure of `target`, of jax arrays; NumPy's where orbax's target has them.
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
+        PermissionError: it may not be read.
+        TypeError: target has a leaf that is no array.
         ValueError: the checkpoint is cut off or no checkpoint, or it is of another tree; the error lists what is
             missing, extra or misshaped.
 
@@ -47,38 +52,47 @@ def restore(path: str | Path, target: Any) -> Any:
     path = Path(path).absolute()
     if not path.exists():
         raise FileNotFoundError(f"`path` is {path}, where there is nothing.")
+    expected = _leaves(target)
+    for where, leaf in expected.items():
+        if not isinstance(leaf, jax.ShapeDtypeStruct | np.ndarray | jax.Array) and not np.isscalar(leaf):
+            raise TypeError(f"`target` has a {type(leaf).__name__} at {'/'.join(where)}: expected arrays.")
     opened = _opened_orbax if path.is_dir() else _opened_bytes
     stored, load = _whole(path, lambda: opened(path))
-    different = _differences(stored, target)
+    different = _differences(stored, expected)
     if different:
         listed = "\n  ".join(different)
         raise ValueError(f"the checkpoint at `path` {path} is not one of `target`:\n  {listed}")
-    return _whole(path, lambda: load(target))
+    loaded = _whole(path, lambda: load(expected))
+    return jax.tree.structure(target).unflatten([loaded[where] for where in expected])
 
 
-def _opened_orbax(path: Path) -> tuple[Any, Callable[[Any], Any]]:
+def _opened_orbax(path: Path) -> tuple[Leaves, Callable[[Leaves], Leaves]]:
     """What the checkpoint says that it holds, and the way to load it."""
-
-    def load(target: Any) -> Any:
-        with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(path, target)
-
     with ocp.StandardCheckpointer() as checkpointer:
         metadata = checkpointer.metadata(path).item_metadata
     if metadata is None:
-        raise ValueError("it has no metadata of orbax")
-    return metadata.tree, load
+        raise ValueError("it has no metadata of orbax; in a CheckpointManager's directory give step/default")
+    structure, stored = jax.tree.structure(metadata.tree), _leaves(metadata.tree)
+
+    def load(expected: Leaves) -> Leaves:
+        target = structure.unflatten([_abstract(expected[where]) for where in stored])
+        with ocp.StandardCheckpointer() as checkpointer:
+            return _leaves(checkpointer.restore(path, target))
+
+    return stored, load
 
 
-def _opened_bytes(path: Path) -> tuple[Any, Callable[[Any], Any]]:
-    stored: Any = serialization.msgpack_restore(path.read_bytes())
-    return stored, lambda target: serialization.from_state_dict(target, stored)
+def _opened_bytes(path: Path) -> tuple[Leaves, Callable[[Leaves], Leaves]]:
+    stored = _leaves(serialization.msgpack_restore(path.read_bytes()))
+    return stored, lambda _: {where: _as_jax(leaf) for where, leaf in stored.items()}
 
 
 def _whole(path: Path, read: Callable[[], Any]) -> Any:
     """What `read` gives, or one error for the many kinds that damaged files raise in the libraries that read them."""
     try:
         return read()
+    except PermissionError:
+        raise
     except Exception as error:
         reason = str(error).partition("\n")[0][:200]
         raise ValueError(
@@ -87,24 +101,43 @@ def _whole(path: Path, read: Callable[[], Any]) -> Any:
         ) from None
 
 
-def _differences(stored: Any, target: Any) -> list[str]:
+def _differences(stored: Leaves, expected: Leaves) -> list[str]:
     """Leaves of one tree that the other has not, or has in another shape or dtype."""
-    given, expected = _leaves(stored), _leaves(target)
-    found = [f"{path} is missing" for path in expected if path not in given]
-    found += [f"{path} is extra" for path in given if path not in expected]
-    for path, leaf in expected.items():
-        if path in given:
-            for what, a, e in zip(("shape", "dtype"), _described(given[path]), _described(leaf), strict=True):
-                if a != e and e is not None:
-                    found.append(f"{path} has {what} {a}, not {e}")
+    found = [f"{'/'.join(where)} is missing" for where in expected if where not in stored]
+    found += [f"{'/'.join(where)} is extra" for where in stored if where not in expected]
+    for where, leaf in expected.items():
+        if where in stored:
+            pairs = zip(("shape", "dtype"), _described(stored[where]), _described(leaf), strict=True)
+            found += [f"{'/'.join(where)} has {what} {a}, not {e}" for what, a, e in pairs if a != e and e is not None]
     return found
 
 
-def _leaves(tree: Any) -> dict[str, Any]:
+def _leaves(tree: Any) -> Leaves:
+    """The leaves of a tree by their paths, in which a field, a key and a place are all the same."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    return {tuple(jax.tree_util.keystr((key,), simple=True) for key in path): leaf for path, leaf in leaves}
 
 
-def _described(leaf: Any) -> tuple[tuple[int, ...], Any]:
-    """Shape and dtype; Python's numbers have no dtype of their own."""
-    return tuple(np.shape(leaf) if np.isscalar(leaf) else leaf.shape), getattr(leaf, "dtype", None)
+def _described(leaf: Any) -> tuple[tuple[int, ...] | None, Any]:
+    """Shape and dtype, as far as they are what is stored: random keys are stored as integers."""
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return None, None
+    return tuple(getattr(leaf, "shape", ())), dtype
+
+
+def _abstract(leaf: Any) -> Any:
+    """What orbax needs to know of a leaf: without a sharding it would ask for the devices that wrote the checkpoint."""
+    if isinstance(leaf, np.generic):
+        return np.asarray(leaf)
+    if not isinstance(leaf, jax.ShapeDtypeStruct) or leaf.sharding is not None:
+        return leaf
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _as_jax(leaf: Any) -> Any:
+    """A jax array of the same bits, where jax has the dtype; Python's numbers stay as they are."""
+    if not isinstance(leaf, np.ndarray | np.generic) or jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
+        return leaf
+    return jnp.asarray(leaf)

@@ -1,10 +1,10 @@
 """Equinox's batch norm: a layer, and its statistics in a state that the layer indexes."""
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jbn._state import Params, State
 from jbn.convert._names import Names, read_one
@@ -63,22 +63,25 @@ def entries_of(layer: Any, state: Any) -> dict[str, Any]:
         raise TypeError(
             f"`layer` is a {type(layer).__name__}: expected an equinox.nn.BatchNorm with mode ema or batch."
         )
+    if not hasattr(state, "get"):
+        raise TypeError(f"`state` is a {type(state).__name__}: expected the equinox.nn.State of the layer.")
     entries = {"weight": layer.weight, "bias": layer.bias}
     if layer.mode == "ema":
         mean, var = state.get(layer.ema_state_index)
-        first = state.get(layer.ema_first_time_index)
+        first = _scalar(state.get(layer.ema_first_time_index))
         return {**entries, "mean": jnp.where(first, 0, mean), "var": jnp.where(first, -jnp.inf, var)}
-    counter = state.get(layer.batch_counter)
+    counter = _scalar(state.get(layer.batch_counter))
     hidden_mean, hidden_var = state.get(layer.batch_state_index)
-    mean, var = _without_start(hidden_mean, hidden_var, layer.momentum, counter)
+    # Before the first batch nothing is hidden behind the start, which is then what there is.
+    power = jnp.maximum(counter, 1).astype(hidden_var.dtype) * math.log(layer.momentum)
+    left, gathered = (jnp.where(counter > 0, *both) for both in ((jnp.exp(power), 0), (-jnp.expm1(power), 1)))
+    mean, var = hidden_mean / gathered, jnp.maximum(hidden_var - left, 0) / gathered
     return {**entries, "mean": mean, "var": var, "counter": counter}
 
 
-def _without_start(hidden_mean: Any, hidden_var: Any, momentum: float, counter: Any) -> tuple[jax.Array, jax.Array]:
-    """The averages of the batches alone, in float64, since the start may be most of what is hidden."""
-    if counter == 0:
-        return hidden_mean, hidden_var
-    left = np.float64(np.float32(momentum)) ** np.asarray(counter)
-    mean = np.asarray(hidden_mean, np.float64) / (1 - left)
-    var = np.maximum(np.asarray(hidden_var, np.float64) - left, 0) / (1 - left)
-    return jnp.asarray(mean.astype(hidden_mean.dtype)), jnp.asarray(var.astype(hidden_var.dtype))
+def _scalar(value: Any) -> jax.Array:
+    """A counter or flag of one layer."""
+    value = jnp.asarray(value)
+    if value.ndim:
+        raise ValueError(f"`layer` is a stack of {value.shape} norms: convert one at a time, by jax.vmap or indexing.")
+    return value

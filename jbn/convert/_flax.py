@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from jbn._state import Params, State
-from jbn.convert._names import Names, check_norm, read_one, written
+from jbn.convert._names import Names, check_mapping, check_norm, read_one, written
 
 FLAX = Names("Flax", "scale", "bias", "mean", "var", "count")
 LINEN = {"params": ("scale", "bias"), "batch_stats": ("mean", "var", "count")}
@@ -22,10 +22,10 @@ def from_linen(variables: Mapping[str, Mapping[str, Any]], *, count: int | None 
         count: the updates made so far, instead of a stored one, which is 0 where it is missing.
 
     Returns:
-        Params and State.
+        Params and State, of the same arrays.
 
     Raises:
-        TypeError: count is no int.
+        TypeError: something that is no mapping, or count is no int.
         ValueError: entries are missing, extra or misshaped; the error lists them.
 
     Example:
@@ -38,9 +38,12 @@ def from_linen(variables: Mapping[str, Mapping[str, Any]], *, count: int | None 
     Source:
         Flax, flax.linen.BatchNorm.
     """
-    extra = [f"`{name}` is extra; a norm has params, batch_stats" for name in variables if name not in LINEN]
+    check_mapping("variables", variables, "with params and batch_stats")
+    extra = [f"`{name}` is extra" for name in variables if name not in LINEN]
     if extra:
-        raise ValueError(f"`variables` are not those of one batch norm: {'; '.join(extra)}.")
+        raise ValueError(f"`variables` are not those of one norm, params and batch_stats: {', '.join(extra)}.")
+    for name, collection in variables.items():
+        check_mapping(name, collection, "the arrays of one norm")
     return read_one(FLAX, {**variables.get("params", {}), **variables.get("batch_stats", {})}, count)
 
 
@@ -84,10 +87,10 @@ def from_nnx(entries: Mapping[str, Any], *, count: int | None = None) -> tuple[P
         count: the updates made so far, instead of a stored one, which is 0 where it is missing.
 
     Returns:
-        Params and State.
+        Params and State, of the same arrays.
 
     Raises:
-        TypeError: count is no int.
+        TypeError: something that is no mapping, or count is no int.
         ValueError: entries are missing, extra or misshaped; the error lists them.
 
     Example:

@@ -3,11 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from jbn._state import Params, State
-from jbn.convert._names import Names, as_array, read_one
+from jbn.convert._names import Names, as_array, check_mapping, read_one
 
 HAIKU = Names("Haiku", "scale", "offset", "mean_ema.average", "var_ema.average", "counter")
 AVERAGES = ("mean_ema", "var_ema")
@@ -24,11 +21,11 @@ def from_haiku(entries: Mapping[str, Any], *, count: int | None = None) -> tuple
         count: the updates made so far, instead of `counter`.
 
     Returns:
-        Params and State, without the axes of size 1 that Haiku keeps. A norm that was never updated comes unset (see
-        `jbn.unset`). Training goes on as Haiku's does with `momentum=jbn.momentum.debiased(decay_rate)`.
+        Params and State, without the axes of size 1, which Haiku keeps for those that it reduces. Training goes on as
+        Haiku's does with `momentum=jbn.momentum.debiased(decay_rate)`.
 
     Raises:
-        TypeError: count is no int.
+        TypeError: entries is no mapping, or count is no int.
         ValueError: entries are missing, extra or misshaped; the error lists them.
 
     Example:
@@ -43,21 +40,26 @@ def from_haiku(entries: Mapping[str, Any], *, count: int | None = None) -> tuple
     Source:
         Haiku, hk.BatchNorm and hk.ExponentialMovingAverage.
     """
+    check_mapping("entries", entries, "with mean_ema and var_ema, as in Haiku's state")
     return read_one(HAIKU, flattened(entries), count)
 
 
 def flattened(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """One level of arrays of the feature shape; the variance of averages that were never updated is not known."""
-    averages = {name: entries.get(name, {}) for name in AVERAGES}
+    """One level of arrays of the feature shape."""
     flat = {name: value for name, value in entries.items() if name not in AVERAGES}
-    flat |= {f"{name}.average": ema["average"] for name, ema in averages.items() if "average" in ema}
-    flat = {name: _squeezed(as_array(value)) for name, value in flat.items()}
-    counter = averages["mean_ema"].get("counter")
-    if counter is not None and HAIKU.var in flat:
-        flat[HAIKU.var] = jnp.where(as_array(counter) > 0, flat[HAIKU.var], -jnp.inf)
-    return {**flat, "counter": counter}
+    for name in AVERAGES:
+        average = entries.get(name, {})
+        check_mapping(f"{name}", average, "the hidden, average and counter of Haiku's state")
+        if "average" in average:
+            flat[f"{name}.average"] = average["average"]
+    flat = {name: _squeezed(value) for name, value in flat.items()}
+    return {**flat, "counter": entries.get("mean_ema", {}).get("counter")}
 
 
-def _squeezed(array: jax.Array) -> jax.Array:
+def _squeezed(value: Any) -> Any:
     """Without the axes of size 1, which stand for those that are reduced; a single feature keeps one."""
+    try:
+        array = as_array(value)
+    except (TypeError, ValueError):
+        return value
     return array.reshape([size for size in array.shape if size != 1] or [1])

@@ -24,7 +24,7 @@ def from_keras(entries: Mapping[str, Any], *, count: int | None = None) -> tuple
         Params and State, copies. Keras' epsilon is 1e-3, not 1e-5.
 
     Raises:
-        TypeError: count is no int.
+        TypeError: entries is no mapping, or count is no int.
         ValueError: entries are missing, extra or misshaped; the error lists them.
 
     Example:

@@ -7,12 +7,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jbn._arguments import check_type
 from jbn._moments import arithmetic_dtype
 from jbn._state import Params, State
 
 Norm = tuple[Params, State]
+LARGEST = 2**31 - 1
 
 
 class Names(NamedTuple):
@@ -32,6 +34,7 @@ class Names(NamedTuple):
 
 def read_one(names: Names, entries: Mapping[str, Any], count: int | None) -> Norm:
     """The norm that a mapping holds, or an error that lists what keeps it from being one."""
+    check_mapping("entries", entries, f"the arrays of one norm by the names {', '.join(names.known())}")
     norms, found = read_all(names, {"": entries}, count)
     refuse(names.library, found)
     return norms[""]
@@ -44,7 +47,7 @@ def read_all(
     count = checked_count(count)
     norms, found = {}, []
     for where, entries in nodes.items():
-        arrays, problems = _arrays(entries)
+        arrays, problems = _arrays(names, entries)
         problems += _problems(names, arrays)
         found += [f"{where}: {problem}" if where else problem for problem in problems]
         if not problems:
@@ -59,6 +62,12 @@ def refuse(library: str, found: list[str]) -> None:
         raise ValueError(f"the arrays are not those of batch norm in {library}:\n  {listed}")
 
 
+def check_mapping(name: str, value: Any, expected: str) -> None:
+    """A mapping, rather than the layer or model that it is taken from."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"`{name}` is a {type(value).__name__}: expected a mapping, {expected}.")
+
+
 def checked_count(count: Any) -> int | None:
     """A starting count that was given."""
     if count is None:
@@ -67,22 +76,9 @@ def checked_count(count: Any) -> int | None:
         number = operator.index(count)
     except TypeError:
         raise TypeError(f"`count` is {count!r}: expected an int, the updates that the averages stand for.") from None
-    if number < 0:
-        raise ValueError(f"`count` is {number}: expected at least 0, the updates that the averages stand for.")
+    if not 0 <= number <= LARGEST:
+        raise ValueError(f"`count` is {number}: expected 0 to {LARGEST}, the updates that the averages stand for.")
     return number
-
-
-def as_array(value: Any) -> jax.Array:
-    """A jax array; a copy, where the source is memory that its owner goes on writing to."""
-    if isinstance(value, jax.Array):
-        return value
-    if hasattr(value, "get_value"):  # a variable of NNX
-        return jnp.asarray(value[...])
-    if hasattr(value, "detach"):  # a tensor of PyTorch
-        value = value.detach().cpu()
-        if str(value.dtype) == "torch.bfloat16":  # which NumPy does not have
-            return jnp.array(jnp.from_dlpack(value), copy=True)
-    return jnp.array(np.asarray(value), copy=True)
 
 
 def check_norm(params: Any, state: Any) -> None:
@@ -102,22 +98,55 @@ def written_to_numpy(names: Names, params: Params, state: State) -> dict[str, np
     return {name: np.array(value) for name, value in written(names, params, state).items()}
 
 
-def _arrays(entries: Mapping[str, Any]) -> tuple[dict[str, jax.Array], list[str]]:
-    """The entries as arrays, without those that are None, and those that make no array."""
-    arrays, problems = {}, []
+def as_array(value: Any) -> jax.Array:
+    """A jax array; a copy, where the source is memory that its owner goes on writing to."""
+    value = _unwrapped(value)
+    if isinstance(value, jax.Array):
+        return value
+    if str(getattr(value, "dtype", "")) == "torch.bfloat16":  # which NumPy does not have
+        return jnp.array(jnp.from_dlpack(value), copy=True)
+    value = np.asarray(value)
+    if value.dtype == np.float64 and jax.dtypes.canonicalize_dtype(value.dtype) != value.dtype:
+        raise ValueError("is float64, which jax cuts to float32: convert it first, or turn jax_enable_x64 on")
+    return jnp.array(value, copy=True)
+
+
+def _unwrapped(value: Any) -> Any:
+    """What is in a variable of NNX, or in a tensor of PyTorch without its history."""
+    if hasattr(value, "get_value"):
+        return value[...]
+    return value.detach().cpu() if hasattr(value, "detach") else value
+
+
+def _arrays(names: Names, entries: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The entries as arrays, without those that are None; and those that are missing or make no array."""
+    entries = {name: value for name, value in entries.items() if value is not None}
+    arrays, problems = {}, [f"`{name}` is missing" for name in (names.mean, names.var) if name not in entries]
     for name, value in entries.items():
-        if value is None:
-            continue
         try:
-            arrays[name] = as_array(value)
-        except (TypeError, ValueError):
-            problems.append(f"`{name}` is a {type(value).__name__}, which makes no array")
+            arrays[name] = _whole_number(value) if name == names.counter else as_array(value)
+        except ValueError as error:
+            problems.append(f"`{name}` {error}")
+        except (TypeError, RuntimeError):  # PyTorch's tensors without data raise the latter
+            hint = ": take it out by flax.linen.meta.unbox" if hasattr(value, "unbox") else ""
+            problems.append(f"`{name}` is a {type(value).__name__}, which makes no array{hint}")
     return arrays, problems
+
+
+def _whole_number(value: Any) -> jax.Array:
+    """A stored count, or one for each norm of a stack, in int32."""
+    value = _unwrapped(value)
+    if isinstance(value, Tracer):
+        return value
+    number = np.asarray(value)
+    if not (np.all(number == np.rint(number)) and np.all(number >= 0) and np.all(number <= LARGEST)):
+        raise ValueError(f"is {number}, not a whole number from 0 to {LARGEST}")
+    return jnp.asarray(number.astype(np.int32))
 
 
 def _problems(names: Names, arrays: Mapping[str, jax.Array]) -> list[str]:
     """What keeps arrays from being a norm, each in a few words."""
-    found = [f"`{name}` is missing" for name in (names.mean, names.var) if name not in arrays]
+    found = []
     shape = arrays[names.mean].shape if names.mean in arrays else None
     for name, leaf in arrays.items():
         if name not in names.known():

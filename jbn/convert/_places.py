@@ -45,18 +45,20 @@ def _find_keras(tree: Mapping[str, Any]) -> Found:
 
 
 def _find_linen(tree: Mapping[str, Any]) -> Found:
+    for name in LINEN:
+        if not isinstance(tree.get(name, {}), Mapping):
+            raise TypeError(f"`tree` has a {type(tree[name]).__name__} at {name}: expected a mapping.")
     params, statistics = (_by_node(tree.get(name, {}), "/") for name in LINEN)
+    # Both, since many things have a mean.
     nodes = {
         node: {**params.get(node, {}), **entries}
         for node, entries in statistics.items()
-        if _has_statistics(FLAX, entries)
+        if {"mean", "var"} <= entries.keys()
     }
-    rest = {name: _without(tree[name], nodes, "/") if name in LINEN else tree[name] for name in tree}
-    return FLAX, nodes, {name: kept for name, kept in rest.items() if kept or not tree[name]}
+    return FLAX, nodes, {key: _without(value, nodes, "/") if key in LINEN else value for key, value in tree.items()}
 
 
 def _find_nnx(tree: Mapping[str, Any]) -> Found:
-    # Both, since many things have a mean.
     nodes = {node: entries for node, entries in _by_node(tree, "/").items() if {"mean", "var"} <= entries.keys()}
     return FLAX, nodes, _without(tree, nodes, "/")
 
@@ -94,42 +96,49 @@ FINDERS: dict[str, Callable[[Any], Found]] = {
 }
 
 
-def leaves_of(where: str, params: Params, state: State, library: str, with_count: bool) -> dict[tuple[Any, ...], Any]:
+def leaves_of(where: str, params: Params, state: State, library: str, with_count: bool) -> dict[str, Any]:
     """The arrays of a norm, each by its path in the tree of a library."""
     if library in FLAT:
         separator, write = FLAT[library]
-        return {(_joined(where, name, separator),): leaf for name, leaf in write(params, state).items()}
-    node = where.split("/") if where else []
+        return {_joined(where, name, separator): leaf for name, leaf in write(params, state).items()}
     if library == "nnx":
-        # Attributes are identifiers: a number is a place in a sequence.
-        node = [int(part) if part.isdigit() else part for part in node]
-        return {(*node, name): leaf for name, leaf in to_nnx(params, state, with_count=with_count).items()}
+        arrays = to_nnx(params, state, with_count=with_count)
+        return {_joined(where, name, "/"): leaf for name, leaf in arrays.items()}
     variables = to_linen(params, state, with_count=with_count)
     return {
-        (collection, *node, name): leaf for collection, arrays in variables.items() for name, leaf in arrays.items()
+        _joined(_joined(collection, where, "/") if where else collection, name, "/"): leaf
+        for collection, arrays in variables.items()
+        for name, leaf in arrays.items()
     }
 
 
-def insert(tree: dict[Any, Any], path: tuple[Any, ...], leaf: Any) -> None:
-    """Put a leaf into a tree of dicts, where its place must be free."""
-    node = tree
-    for part in path[:-1]:
-        node = node.setdefault(_key(node, part), {}) if isinstance(node, dict) else None
-    if not isinstance(node, dict) or path[-1] in node:
-        raise ValueError(
-            f"`rest` has something at {'/'.join(map(str, path))} already: expected the tree without its norms."
-        )
-    node[path[-1]] = leaf
+def insert(tree: dict[Any, Any], path: str, leaf: Any, library: str) -> None:
+    """Put a leaf into a tree of dicts: into those that are there, as far as they lead, and where its place is free."""
+    separator = FLAT[library][0] if library in FLAT else "/"
+    node, left = _furthest(tree, path, separator)
+    *above, name = [left] if library in FLAT else left.split(separator)
+    for part in above:
+        # Of a new path in NNX, a number is a place in a sequence.
+        node = node.setdefault(int(part) if library == "nnx" and part.isdigit() else part, {})
+        if not isinstance(node, dict):
+            break
+    if not isinstance(node, dict) or name in node:
+        raise ValueError(f"`rest` has something at {path} already: expected the tree without its norms.")
+    node[name] = leaf
+
+
+def _furthest(node: dict[Any, Any], path: str, separator: str) -> tuple[dict[Any, Any], str]:
+    """The mapping that leads furthest along a path, and what is left of the path there."""
+    ends = [(node, path)]
+    for key, below in node.items():
+        if isinstance(below, dict) and path.startswith(f"{key}{separator}"):
+            ends.append(_furthest(below, path.removeprefix(f"{key}{separator}"), separator))
+    return min(ends, key=lambda end: len(end[1]))
 
 
 def copied(tree: Mapping[Any, Any]) -> dict[Any, Any]:
     """The same leaves in dicts of their own."""
     return {key: copied(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
-
-
-def _key(node: Mapping[Any, Any], part: Any) -> Any:
-    """A place in a sequence is a number, except where a checkpoint turned those beside it to strings."""
-    return str(part) if any(isinstance(key, str) for key in node) else part
 
 
 def _has_statistics(names: Names, entries: Mapping[str, Any]) -> bool:
@@ -155,14 +164,12 @@ def _leaves(tree: Mapping[Any, Any], separator: str, above: str = "") -> Iterato
 
 
 def _without(tree: Mapping[Any, Any], nodes: Nodes, separator: str, above: str = "") -> dict[Any, Any]:
-    """The tree without the leaves of some nodes, and without the mappings that this leaves empty."""
+    """The tree without the leaves of some nodes; mappings stay, so that `join` finds each place again."""
     kept: dict[Any, Any] = {}
     for key, value in tree.items():
         where = _joined(above, key, separator)
         if isinstance(value, Mapping):
-            below = _without(value, nodes, separator, where)
-            if below or not value:
-                kept[key] = below
+            kept[key] = _without(value, nodes, separator, where)
         elif where.rpartition(separator)[0] not in nodes:
             kept[key] = value
     return kept

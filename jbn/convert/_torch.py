@@ -26,7 +26,7 @@ def from_torch(entries: Mapping[str, Any], *, count: int | None = None) -> tuple
         momentum=jbn.momentum.from_torch(0.1), running_var="unbiased")`.
 
     Raises:
-        TypeError: count is no int.
+        TypeError: entries is no mapping, or count is no int.
         ValueError: entries are missing, extra or misshaped; the error lists them.
 
     Example:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jbn._state import Params, State
-from jbn.convert._names import read_all, refuse
+from jbn.convert._names import check_mapping, read_all, refuse
 from jbn.convert._places import FINDERS, TREES, copied, find, insert, leaves_of
 
 
@@ -14,21 +14,23 @@ def split(tree: Any, library: str, *, count: int | None = None) -> tuple[dict[st
     norms, rest = split(tree, library)
 
     Args:
-        tree: "torch": `model.state_dict()`. "keras": `{v.path: v for v in model.variables}`. "linen": variables. "nnx":
-            `nnx.state(model)` or a nested mapping of its arrays. "haiku": `(params, state)`. "equinox":
-            `(model, state)`.
+        tree: "torch": `model.state_dict()`. "keras": `{v.path: v for v in model.variables}`, where layers of one name
+            would share a path: name them. "linen": variables, without boxes. "nnx": `nnx.state(model)` or a nested
+            mapping of its arrays. "haiku": `(params, state)`. "equinox": `(model, state)`.
         library: "torch", "keras", "linen", "nnx", "haiku" or "equinox".
         count: the updates that the averages stand for, instead of those that the tree holds, which are 0 where it
             does not count. A momentum schedule goes on from there.
 
     Returns:
         Params and State by the path of the norm, with the library's own separator: `norms["layer1.0.bn1"]`,
-        `norms["Block_0/BatchNorm_0"]`. The tree without them; for Equinox, with None in their places.
+        `norms["Block_0/BatchNorm_0"]`. The tree without their arrays, in dicts, which may have become empty; for
+        Equinox, the model with None in their places. Arrays of JAX are handed over as they are, others are copied;
+        half-precision statistics come as float32.
 
     Raises:
         TypeError: tree is not of the kind that the library needs, or count is no int.
         ValueError: unknown library, no batch norm in the tree, or entries that are missing, extra or misshaped; the
-            error lists them all.
+            error lists them all. What looks like a batch norm and is none is to be taken out before.
 
     Example:
         >>> import numpy as np
@@ -66,7 +68,8 @@ def join(norms: Mapping[str, tuple[Params, State]], rest: Any, library: str, *, 
         with_count: "linen" and "nnx": store the count too, which jbn's modules with a momentum schedule read.
 
     Returns:
-        The tree, of dicts; the arrays of the norms in NumPy for PyTorch and Keras.
+        The tree, of dicts; the arrays of the norms in NumPy for PyTorch, whose `load_state_dict` takes
+        `{name: torch.as_tensor(array) for name, array in tree.items()}`, and for Keras.
 
     Raises:
         TypeError: something that is no Params or State.
@@ -84,10 +87,14 @@ def join(norms: Mapping[str, tuple[Params, State]], rest: Any, library: str, *, 
     _check_library(library, ("torch", "keras", "linen", "nnx"))
     if with_count and library not in ("linen", "nnx"):
         raise ValueError(f"`with_count` is for linen and nnx, but `library` is {library!r}: leave it out.")
+    check_mapping("norms", norms, "the norms that split gave, by their paths")
+    check_mapping("rest", rest, "the tree without its norms")
     tree = copied(rest)
-    for where, (params, state) in norms.items():
-        for path, leaf in leaves_of(where, params, state, library, with_count).items():
-            insert(tree, path, leaf)
+    for where, norm in norms.items():
+        if not isinstance(norm, tuple) or len(norm) != 2:
+            raise TypeError(f"`norms` has a {type(norm).__name__} at {where}: expected (Params, State).")
+        for path, leaf in leaves_of(where, *norm, library, with_count).items():
+            insert(tree, path, leaf, library)
     return tree
 
 
