@@ -34,11 +34,13 @@ def checked_input(x: Any) -> jax.Array:
     except (TypeError, ValueError):
         raise TypeError(f"`x` is a {type(x).__name__} that makes no array: {allowed}.") from None
     if x.dtype.name not in INPUT_DTYPES:
-        raise TypeError(f"`x` has dtype {x.dtype.name}: {allowed}. Convert it first: x.astype(jnp.float32).")
+        complex_valued = jnp.issubdtype(x.dtype, jnp.complexfloating)
+        mend = "Normalize x.real and x.imag apart" if complex_valued else "Convert it first: x.astype(jnp.float32)"
+        raise TypeError(f"`x` has dtype {x.dtype.name}: {allowed}. {mend}.")
     return x
 
 
-def checked_axes(feature_axis: int | Sequence[int], ndim: int, name: str = "feature_axis") -> Axes:
+def checked_axes(feature_axis: int | Sequence[int], ndim: int, name: str = "feature_axis", array: str = "x") -> Axes:
     """Feature axes counted from the front and in ascending order, and the axes left to reduce."""
     given = tuple(feature_axis) if isinstance(feature_axis, Sequence | np.ndarray) else (feature_axis,)
     try:
@@ -47,8 +49,8 @@ def checked_axes(feature_axis: int | Sequence[int], ndim: int, name: str = "feat
         raise TypeError(f"`{name}` is {feature_axis!r}: expected an int or a sequence of ints.") from None
     for axis in axes:
         if not -ndim <= axis < ndim:
-            allowed = f"expected {-ndim} to {ndim - 1}" if ndim else "a scalar has no features, give x a batch axis"
-            raise ValueError(f"`{name}` {axis} is out of range for x of {ndim} dimensions: {allowed}.")
+            allowed = f"expected {-ndim} to {ndim - 1}" if ndim else "a scalar has no features, give it axes"
+            raise ValueError(f"`{name}` {axis} is out of range for {array} of {ndim} dimensions: {allowed}.")
     feature = tuple(sorted(axis % ndim for axis in axes))
     if len(set(feature)) != len(feature):
         raise ValueError(f"`{name}` {feature_axis!r} names an axis twice: name it once.")
@@ -85,15 +87,15 @@ def check_vectors(name: str, vectors: Any, expected: tuple[int, ...], why: str) 
             raise TypeError(f"`{name}.{field}` has dtype {jnp.result_type(vector).name}: expected a float dtype.")
 
 
-def checked_features(features: Any) -> tuple[int, ...]:
+def checked_features(features: Any, name: str = "features") -> tuple[int, ...]:
     """The shape of the features."""
     given = tuple(features) if isinstance(features, Sequence) else (features,)
     try:
         shape = tuple(operator.index(size) for size in given)
     except TypeError:
-        raise TypeError(f"`features` is {features!r}: expected an int or a sequence of ints.") from None
+        raise TypeError(f"`{name}` is {features!r}: expected an int or a sequence of ints.") from None
     if any(size < 0 for size in shape):
-        raise ValueError(f"`features` is {features!r}: expected sizes of at least 0.")
+        raise ValueError(f"`{name}` is {features!r}: expected sizes of at least 0.")
     return shape
 
 
@@ -117,7 +119,10 @@ def checked_mask(mask: Any, shape: Sequence[int], axes: Axes) -> jax.Array | Non
     """The mask with size 1 on feature axes, so that it broadcasts against x; None stays None."""
     if mask is None:
         return None
-    mask = jnp.asarray(mask)
+    try:
+        mask = jnp.asarray(mask)
+    except (TypeError, ValueError):
+        raise TypeError(f"`mask` is a {type(mask).__name__} that makes no array: expected a boolean one.") from None
     if mask.dtype != jnp.bool_:
         raise TypeError(
             f"`mask` has dtype {mask.dtype.name}: expected bool, where True counts. "
@@ -194,12 +199,12 @@ def check_running_var(running_var: Any) -> None:
         raise ValueError(f"`running_var` is {running_var!r}: expected one of {', '.join(map(repr, RUNNING_VAR))}.")
 
 
-def checked_dtype(dtype: Any, default: Any) -> Any:
-    """The dtype of the result."""
+def checked_dtype(dtype: Any, default: Any, name: str = "dtype") -> Any:
+    """The dtype of the result, or of parameters."""
     if dtype is None:
         return default
     if _dtype_name(dtype) not in INPUT_DTYPES:
-        raise TypeError(f"`dtype` is {_dtype_name(dtype)}: expected one of {', '.join(INPUT_DTYPES)}, or None.")
+        raise TypeError(f"`{name}` is {_dtype_name(dtype)}: expected one of {', '.join(INPUT_DTYPES)}.")
     return jnp.dtype(dtype)
 
 

@@ -22,8 +22,16 @@ def refuse_not_needed(**given: Any) -> None:
             raise TypeError(f"`{name}` is {value!r}, but it is not needed: {NOT_NEEDED[name]}. Leave it out.")
 
 
+def check_dtypes(**given: Any) -> None:
+    """Dtypes of result and parameters."""
+    for name, dtype in given.items():
+        _arguments.checked_dtype(dtype, None, name)
+
+
 def checked_call(module: Any, x: Any, use_running_average: Any) -> tuple[jax.Array, tuple[int, ...]]:
     """The input as an array, and the shape of its features."""
+    if use_running_average is None:
+        raise ValueError("`use_running_average` is given neither at construction nor at the call: give True or False.")
     _arguments.check_train(use_running_average, "use_running_average", true="running", false="batch")
     x = _arguments.checked_input(x)
     return x, _arguments.checked_axes(module.axis, x.ndim, "axis").features(x.shape)
@@ -48,12 +56,13 @@ def apply(
     if not initializing:
         names = ("axis_name", "axis_index_groups", "ghost_batch_size")
         division = {name: getattr(module, name) for name in names}
-    reduced = _arguments.checked_axes(module.axis, x.ndim, "axis").reduced
+    axes = _arguments.checked_axes(module.axis, x.ndim, "axis")
+    _check_shapes(module, params, state, axes.features(x.shape), x)
     return batch_norm(
         params,
         state,
         x,
-        train and not (initializing and not reduced),
+        train and not (initializing and not axes.reduced),
         momentum=module.momentum,
         epsilon=module.epsilon,
         feature_axis=module.axis,
@@ -63,3 +72,13 @@ def apply(
         dtype=dtype,
         **division,
     )
+
+
+def _check_shapes(module: Any, params: Params, state: State, features: tuple[int, ...], x: jax.Array) -> None:
+    """Variables, loaded or initialized, fit the input."""
+    for name, vector in {**params._asdict(), "mean": state.mean, "var": state.var}.items():
+        if vector is not None and vector.shape != features:
+            raise ValueError(
+                f"`{name}` has shape {vector.shape}: expected {features}, as x of shape {x.shape} has it on `axis` "
+                f"{module.axis}."
+            )

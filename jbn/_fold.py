@@ -26,16 +26,21 @@ def fold(
     kernel * a,  (bias - mean) * a + params.bias,  a = params.scale / sqrt(var + epsilon)
 
     Exact for inference in any padding, stride and number of groups, since the norm acts on the layer's output. An
-    activation of the norm stays to be applied.
+    activation of the norm stays to be applied. Where a kernel has its output features on two axes, reshape the norm's
+    vectors to them: a depthwise kernel of Keras, (height, width, channels, multiplier), takes vectors of (channels,
+    multiplier) and `output_axis=(-2, -1)`; a grouped and transposed one of PyTorch takes them as (groups, out), the
+    kernel as (groups, in, out, height, width), and `output_axis=(0, 2)`.
 
     Args:
         params: scale and bias of the norm; either may be None.
         state: its running mean and variance; unset ones give NaN.
         kernel: float array of any rank, whose output features are on `output_axis`.
         bias: float array of the feature shape; None is 0, for a layer that had no bias. The folded layer has one.
+            Equinox' has axes of size 1 behind it: give `bias[:, 0, 0]`.
         epsilon: that of the norm.
         output_axis: the axis, or axes, of the kernel's output features: -1 in Flax, Keras and Haiku, 0 in PyTorch and
-            Equinox, 1 in their transposed convolutions.
+            Equinox. For transposed convolutions it is -2 in Keras and Haiku and in Flax with `transpose_kernel`, and 1
+            in PyTorch. A wrong axis goes unseen where the sizes are equal.
 
     Returns:
         Kernel, of the shape and dtype given, and bias, of the feature shape and the kernel's dtype.
@@ -58,7 +63,7 @@ def fold(
         2018, section 3.2.
     """
     kernel = _float_array("kernel", kernel)
-    axes = _arguments.checked_axes(output_axis, kernel.ndim, "output_axis")
+    axes = _arguments.checked_axes(output_axis, kernel.ndim, "output_axis", "kernel")
     features = axes.features(kernel.shape)
     why = f"as kernel of shape {kernel.shape} has it on `output_axis` {axes.feature}"
     for name, value, kind in (("params", params, Params), ("state", state, State)):

@@ -80,6 +80,7 @@ class BatchNorm(nn.Module):
         _flax.refuse_not_needed(
             use_fast_variance=self.use_fast_variance, force_float32_reductions=self.force_float32_reductions
         )
+        _flax.check_dtypes(dtype=self.dtype, param_dtype=self.param_dtype)
         super().__post_init__()
 
     @nn.compact

@@ -23,7 +23,9 @@ class BatchNorm(nnx.Module):
     out = activation((x - mean) / sqrt(var + epsilon) * scale + bias)
 
     Variables are those of Flax, float32 `mean` and `var` as `nnx.BatchStat`, `scale` and `bias` as `nnx.Param`, so that
-    checkpoints of either load into the other. A momentum schedule adds `count`, an int32 scalar `nnx.BatchStat`.
+    checkpoints of either load into the other. A momentum schedule adds `count`, an int32 scalar `nnx.BatchStat`: after
+    loading statistics without one, set it to the updates that they stand for, as in `norm.count[...] = 10_000`, or the
+    schedule starts from 0 and overwrites them.
 
     Args:
         num_features: the number of features, or their shape where several axes have statistics of their own.
@@ -91,7 +93,8 @@ class BatchNorm(nnx.Module):
     ) -> None:
         """Allocate the variables."""
         _flax.refuse_not_needed(use_fast_variance=use_fast_variance, promote_dtype=promote_dtype)
-        features = _arguments.checked_features(num_features)
+        _flax.check_dtypes(dtype=dtype, param_dtype=param_dtype)
+        features = _arguments.checked_features(num_features, "num_features")
         self.mean = nnx.BatchStat(jnp.zeros(features, jnp.float32))
         self.var = nnx.BatchStat(jnp.ones(features, jnp.float32))
         self.count = nnx.data(nnx.BatchStat(jnp.zeros((), jnp.int32)) if callable(momentum) else None)

@@ -22,7 +22,8 @@ def with_state(**fields):
 
 REFUSED = {
     "integer x": (dict(x=np.ones((8, 3), np.int32)), TypeError, ["`x` has dtype int32", "float32", "astype"]),
-    "complex x": (dict(x=np.ones((8, 3), np.complex64)), TypeError, ["`x` has dtype complex64"]),
+    "complex x": (dict(x=np.ones((8, 3), np.complex64)), TypeError, ["`x` has dtype complex64", "x.real and x.imag"]),
+    "mask a text": (dict(mask="abc"), TypeError, ["`mask` is a str that makes no array"]),
     "float8 x": (dict(x=np.ones((8, 3), jnp.float8_e5m2)), TypeError, ["`x` has dtype float8_e5m2"]),
     "bool x": (dict(x=np.ones((8, 3), bool)), TypeError, ["`x` has dtype bool"]),
     "features of x": (dict(x=np.ones((8, 4), np.float32)), ValueError, ["`params.scale`", "(3,)", "(8, 4)", "(4,)"]),
@@ -90,7 +91,7 @@ REFUSED = {
     "x none": (dict(x=None), TypeError, ["`x` is a NoneType", "float32"]),
     "x text": (dict(x="abc"), TypeError, ["`x` is a str"]),
     "x ragged": (dict(x=[[1.0], [1.0, 2.0]]), TypeError, ["`x` is a list", "float32"]),
-    "x a scalar": (dict(x=np.float32(1)), ValueError, ["`feature_axis` -1", "batch axis"]),
+    "x a scalar": (dict(x=np.float32(1)), ValueError, ["`feature_axis` -1", "a scalar has no features"]),
     "list of params": (dict(params=jbn.Params([1.0], None)), TypeError, ["`params.scale` is [1.0]", "(3,)"]),
     "mean none": (with_state(mean=None), TypeError, ["`state.mean` is None", "array of shape (3,)"]),
     "count none": (with_state(count=None), TypeError, ["`state.count` is None", "shape ()"]),

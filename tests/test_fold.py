@@ -80,6 +80,94 @@ def test_kernels_of_any_layout(rng, layout, output_axis):
     )
 
 
+def keras_layer(name, **options):
+    keras = pytest.importorskip("keras", reason="keras is not installed: pip install -e '.[peers]'")
+    layer = getattr(keras.layers, name)(**options, kernel_size=3)
+    layer.build((2, 5, 5, 6))
+
+    def run(x, kernel, bias):
+        layer.set_weights([np.asarray(kernel), np.asarray(bias).reshape(-1)])
+        return layer(x)
+
+    return [np.asarray(variable) for variable in layer.variables], run
+
+
+def torch_layer(**options):
+    torch = pytest.importorskip("torch", reason="torch is not installed: pip install -e '.[peers]'")
+    layer = torch.nn.ConvTranspose2d(6, 6, 3, **options)
+
+    def run(x, kernel, bias):
+        weights = {"weight": torch.tensor(np.asarray(kernel)), "bias": torch.tensor(np.asarray(bias).reshape(-1))}
+        layer.load_state_dict(weights)
+        return layer(torch.tensor(x.transpose(0, 3, 1, 2))).detach().numpy().transpose(0, 2, 3, 1)
+
+    return [array.detach().numpy() for array in (layer.weight, layer.bias)], run
+
+
+def haiku_layer():
+    hk = pytest.importorskip("haiku", reason="haiku is not installed: pip install -e '.[peers]'")
+    model = hk.without_apply_rng(hk.transform(lambda x: hk.Conv2DTranspose(6, 3, name="layer")(x)))
+    params = model.init(KEY, np.ones((2, 5, 5, 6), np.float32))["layer"]
+    return [params["w"], params["b"]], lambda x, w, b: model.apply({"layer": {"w": w, "b": b}}, x)
+
+
+def flax_layer():
+    layer = nn.ConvTranspose(6, (3, 3), transpose_kernel=True)
+    params = layer.init(KEY, np.ones((2, 5, 5, 6), np.float32))["params"]
+
+    def run(x, kernel, bias):
+        return layer.apply({"params": {"kernel": kernel, "bias": bias}}, x)
+
+    return [params["kernel"], params["bias"]], run
+
+
+def equinox_layer():
+    eqx = pytest.importorskip("equinox", reason="equinox is not installed: pip install -e '.[peers]'")
+    layer = eqx.nn.ConvTranspose2d(6, 6, 3, key=KEY)
+
+    def run(x, kernel, bias):
+        loaded = eqx.tree_at(lambda layer: (layer.weight, layer.bias), layer, (kernel, bias[:, None, None]))
+        return jax.vmap(loaded)(x.transpose(0, 3, 1, 2)).transpose(0, 2, 3, 1)
+
+    return [layer.weight, layer.bias[:, 0, 0]], run
+
+
+OF_OTHER_LIBRARIES = {
+    "keras, transposed": (lambda: keras_layer("Conv2DTranspose", filters=6), -2, None),
+    "keras, depthwise": (lambda: keras_layer("DepthwiseConv2D", depth_multiplier=2), (-2, -1), (6, 2)),
+    "haiku, transposed": (haiku_layer, -2, None),
+    "flax, transposed like the gradient": (flax_layer, -2, None),
+    "equinox, transposed": (equinox_layer, 0, None),
+    "torch, transposed": (torch_layer, 1, None),
+}
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize(("make", "axis", "features"), OF_OTHER_LIBRARIES.values(), ids=OF_OTHER_LIBRARIES)
+def test_output_axis_of_other_libraries(rng, make, axis, features):
+    """As many inputs as outputs, where a wrong axis would go unseen."""
+    x = rng.normal(size=(2, 5, 5, 6)).astype(np.float32)
+    (kernel, bias), run = make()
+    params, state = drawn(rng, np.size(bias))
+    expected = jbn.normalize(params, state, np.asarray(run(x, kernel, bias)))
+    if features is not None:
+        params, state, bias = jax.tree.map(
+            lambda leaf: leaf.reshape(features) if np.ndim(leaf) else leaf, (params, state, bias)
+        )
+    assert_folded(run(x, *jbn.fold(params, state, kernel, bias, output_axis=axis)), expected)
+
+
+@pytest.mark.peers
+def test_grouped_and_transposed_kernels_of_torch(rng):
+    x = rng.normal(size=(2, 5, 5, 6)).astype(np.float32)
+    (kernel, bias), run = torch_layer(groups=2)
+    params, state = drawn(rng, 6)
+    expected = jbn.normalize(params, state, run(x, kernel, bias))
+    vectors = jax.tree.map(lambda leaf: leaf.reshape(2, 3) if np.ndim(leaf) else leaf, (params, state, bias))
+    folded, shift = jbn.fold(*vectors[:2], kernel.reshape(2, 3, 3, 3, 3), vectors[2], output_axis=(0, 2))
+    assert_folded(run(x, folded.reshape(kernel.shape), shift), expected)
+
+
 def test_folded_program_has_no_trace_of_the_norm(rng):
     x = rng.normal(size=(2, 9, 8, 4)).astype(np.float32)
     conv = nn.Conv(6, (3, 3))

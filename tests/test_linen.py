@@ -145,6 +145,8 @@ REFUSED = {
     "axis": (dict(axis=3), ValueError, "`axis` 3 is out of range"),
     "momentum": (dict(momentum=2.0), ValueError, "`momentum` is 2.0"),
     "running_var": (dict(running_var="mine"), ValueError, "`running_var` is 'mine'"),
+    "dtype": (dict(dtype=jnp.int32), TypeError, "`dtype` is int32: expected one of float32"),
+    "dtype of parameters": (dict(param_dtype="foo"), TypeError, "`param_dtype` is 'foo'"),
     "flag": (dict(use_running_average=1), TypeError, "`use_running_average` is 1.*True \\(running statistics\\)"),
 }
 

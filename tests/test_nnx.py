@@ -31,7 +31,7 @@ def images(rng, batch=6, dtype=np.float32):
 
 
 def made(module, **options):
-    return module.BatchNorm(3, rngs=nnx.Rngs(0), **options)
+    return module.BatchNorm(**{"num_features": 3, "rngs": nnx.Rngs(0), **options})
 
 
 def arrays(model):
@@ -142,7 +142,15 @@ REFUSED = {
     "promotion": (dict(promote_dtype=print), TypeError, "`promote_dtype` is .*not needed"),
     "axis": (dict(axis=3), ValueError, "`axis` 3 is out of range"),
     "momentum": (dict(momentum=2.0), ValueError, "`momentum` is 2.0"),
-    "flag": (dict(use_running_average=None), TypeError, "`use_running_average` is None.*True \\(running statistics\\)"),
+    "flag": (dict(use_running_average=None), ValueError, "`use_running_average` is given neither at construction nor"),
+    "number of features": (dict(num_features=5.0), TypeError, "`num_features` is 5.0"),
+    "dtype": (dict(dtype=jnp.int32), TypeError, "`dtype` is int32: expected one of float32"),
+    "dtype of parameters": (dict(param_dtype="foo"), TypeError, "`param_dtype` is 'foo'"),
+    "initializer": (
+        dict(bias_init=lambda key, shape, dtype: jnp.zeros((2,), dtype)),
+        ValueError,
+        "`bias` has shape \\(2,\\): expected \\(3,\\), as x of shape \\(4, 3\\) has it on `axis` -1",
+    ),
     "features": (dict(axis=0), ValueError, "has features \\(4,\\) on `axis` 0, but `num_features` is 3"),
 }
 
