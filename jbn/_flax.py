@@ -82,3 +82,5 @@ def _check_shapes(module: Any, params: Params, state: State, features: tuple[int
                 f"`{name}` has shape {vector.shape}: expected {features}, as x of shape {x.shape} has it on `axis` "
                 f"{module.axis}."
             )
+    for name in ("mean", "var"):
+        _arguments.checked_state_dtype(f"{name}.dtype", getattr(state, name).dtype)

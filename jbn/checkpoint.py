@@ -1,5 +1,6 @@
 """Trees from checkpoints of orbax and flax.serialization, checked against what is expected before they are used."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import serialization
 
+NUMBERS = bool | int | float | complex
 Leaves = dict[tuple[str, ...], Any]
 
 
@@ -27,12 +29,13 @@ def restore(path: str | Path, target: Any) -> Any:
             with the shardings that it has.
 
     Returns:
-        The tree, of the structure of `target`, of jax arrays; NumPy's where orbax's target has them.
+        The tree, of the structure of `target`, of jax arrays; NumPy's where orbax's target has them, or where jax has
+        not turned 64 bits on.
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
         PermissionError: it may not be read.
-        TypeError: target has a leaf that is no array.
+        TypeError: target has a leaf that is no array and no number; random keys go by `jax.random.key_data`.
         ValueError: the checkpoint is cut off or no checkpoint, or it is of another tree; the error lists what is
             missing, extra or misshaped.
 
@@ -49,20 +52,18 @@ def restore(path: str | Path, target: Any) -> Any:
     Source:
         orbax and Flax, whose formats these are.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"`path` is a {type(path).__name__}: expected the path of a file or directory.")
     path = Path(path).absolute()
     if not path.exists():
         raise FileNotFoundError(f"`path` is {path}, where there is nothing.")
-    expected = _leaves(target)
-    for where, leaf in expected.items():
-        if not isinstance(leaf, jax.ShapeDtypeStruct | np.ndarray | jax.Array) and not np.isscalar(leaf):
-            raise TypeError(f"`target` has a {type(leaf).__name__} at {'/'.join(where)}: expected arrays.")
+    expected = _checked_target(target)
     opened = _opened_orbax if path.is_dir() else _opened_bytes
     stored, load = _whole(path, lambda: opened(path))
-    different = _differences(stored, expected)
-    if different:
-        listed = "\n  ".join(different)
-        raise ValueError(f"the checkpoint at `path` {path} is not one of `target`:\n  {listed}")
+    _check_same(path, stored, expected)
     loaded = _whole(path, lambda: load(expected))
+    # What was loaded too, since orbax casts to what it is asked for.
+    _check_same(path, loaded, expected)
     return jax.tree.structure(target).unflatten([loaded[where] for where in expected])
 
 
@@ -101,15 +102,37 @@ def _whole(path: Path, read: Callable[[], Any]) -> Any:
         ) from None
 
 
-def _differences(stored: Leaves, expected: Leaves) -> list[str]:
-    """Leaves of one tree that the other has not, or has in another shape or dtype."""
-    found = [f"{'/'.join(where)} is missing" for where in expected if where not in stored]
-    found += [f"{'/'.join(where)} is extra" for where in stored if where not in expected]
+def _check_same(path: Path, given: Leaves, expected: Leaves) -> None:
+    """No leaf of one tree that the other has not, or has in another shape or dtype."""
+    found = [f"{_shown(where)} is missing" for where in expected if where not in given]
+    found += [f"{_shown(where)} is extra" for where in given if where not in expected]
     for where, leaf in expected.items():
-        if where in stored:
-            pairs = zip(("shape", "dtype"), _described(stored[where]), _described(leaf), strict=True)
-            found += [f"{'/'.join(where)} has {what} {a}, not {e}" for what, a, e in pairs if a != e and e is not None]
-    return found
+        if where in given:
+            (shape, dtype), (expected_shape, expected_dtype) = _described(given[where]), _described(leaf)
+            if shape != expected_shape:
+                found.append(f"{_shown(where)} has shape {shape}, not {expected_shape}")
+            # Of Python's numbers only the kind is said: bool, int or float.
+            same = dtype.kind == expected_dtype.kind if isinstance(leaf, NUMBERS) else dtype == expected_dtype
+            if not same:
+                found.append(f"{_shown(where)} has dtype {dtype}, not {expected_dtype}")
+    if found:
+        listed = "\n  ".join(found)
+        raise ValueError(f"the checkpoint at `path` {path} is not one of `target`:\n  {listed}")
+
+
+def _checked_target(target: Any) -> Leaves:
+    """The leaves of the target, each an array or a number."""
+    expected = _leaves(target)
+    for where, leaf in expected.items():
+        if not isinstance(leaf, jax.ShapeDtypeStruct | np.ndarray | np.generic | jax.Array | NUMBERS):
+            raise TypeError(f"`target` has a {type(leaf).__name__} at {_shown(where)}: expected arrays.")
+        if not isinstance(leaf, NUMBERS) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            raise TypeError(f"`target` has a random key at {_shown(where)}: save and restore jax.random.key_data(key).")
+    return expected
+
+
+def _shown(where: tuple[str, ...]) -> str:
+    return "/".join(where) or "the tree itself"
 
 
 def _leaves(tree: Any) -> Leaves:
@@ -118,26 +141,28 @@ def _leaves(tree: Any) -> Leaves:
     return {tuple(jax.tree_util.keystr((key,), simple=True) for key in path): leaf for path, leaf in leaves}
 
 
-def _described(leaf: Any) -> tuple[tuple[int, ...] | None, Any]:
-    """Shape and dtype, as far as they are what is stored: random keys are stored as integers."""
-    dtype = getattr(leaf, "dtype", None)
-    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        return None, None
-    return tuple(getattr(leaf, "shape", ())), dtype
+def _described(leaf: Any) -> tuple[tuple[int, ...], Any]:
+    """Shape and dtype."""
+    if isinstance(leaf, NUMBERS):
+        return (), np.asarray(leaf).dtype
+    return tuple(leaf.shape), leaf.dtype
 
 
 def _abstract(leaf: Any) -> Any:
     """What orbax needs to know of a leaf: without a sharding it would ask for the devices that wrote the checkpoint."""
-    if isinstance(leaf, np.generic):
-        return np.asarray(leaf)
-    if not isinstance(leaf, jax.ShapeDtypeStruct) or leaf.sharding is not None:
+    if isinstance(leaf, NUMBERS | np.ndarray | jax.Array):
         return leaf
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    if not _has_jax(leaf.dtype) or isinstance(leaf, np.generic):
+        return np.zeros(leaf.shape, leaf.dtype)
+    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _has_jax(dtype: Any) -> bool:
+    """Whether jax has the dtype, which for 64 bits is to be turned on."""
+    return jax.dtypes.canonicalize_dtype(dtype) == dtype
 
 
 def _as_jax(leaf: Any) -> Any:
     """A jax array of the same bits, where jax has the dtype; Python's numbers stay as they are."""
-    if not isinstance(leaf, np.ndarray | np.generic) or jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
-        return leaf
-    return jnp.asarray(leaf)
+    return jnp.asarray(leaf) if isinstance(leaf, np.ndarray | np.generic) and _has_jax(leaf.dtype) else leaf

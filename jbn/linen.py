@@ -132,6 +132,6 @@ class BatchNorm(nn.Module):
             raise ValueError(
                 "`batch_stats` has `mean` and `var` but no `count`, which the `momentum` schedule reads: from a count "
                 "of 0 it would overwrite them. Say how many updates they stand for by "
-                "jbn.convert.split(variables, 'linen', count=...) and jbn.convert.join(..., with_count=True), or give "
-                "`momentum` a number."
+                "jbn.convert.split(variables, 'linen', count=...) and jbn.convert.join(..., with_count=True), where "
+                "layers under nn.scan need a count each; or give `momentum` a number."
             )

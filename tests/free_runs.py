@@ -66,10 +66,10 @@ def draw(path, differences_by_norm):
         for axes, lines in zip(figure.axes, zip(*orders, strict=True), strict=True):
             steps = np.arange(1, len(lines[0]) + 1)
             axes.plot(steps, np.transpose(lines), color=style[:2], linewidth=0.7, alpha=0.35)
-            label = f"{name}: median of {len(lines)} orders of the batches, and each of them"
-            axes.plot(steps, np.median(lines, axis=0), style, markersize=4, linewidth=2, label=label)
+            axes.plot(steps, np.median(lines, axis=0), style, markersize=4, linewidth=2, label=name)
     figure.axes[0].set_ylabel("relative difference to Flax's default, float32")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    title = f"thin: each of {len(orders)} orders of the batches; thick: their median"
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, title=title)
     figure.savefig(path, dpi=110)
 
 

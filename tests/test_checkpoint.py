@@ -146,13 +146,51 @@ def test_structure_is_by_path(tmp_path, save):
         assert_bit_equal(jbn.checkpoint.restore(tmp_path / "saved", target), target)
 
 
-def test_random_keys_and_numbers(tmp_path):
-    tree = {"key": jax.random.key(3), "rate": 0.5, "step": np.int32(7), "host": np.arange(3.0)}
-    save_by_orbax(tmp_path / "saved", tree)
-    restored = jbn.checkpoint.restore(tmp_path / "saved", {**tree, "key": jax.random.key(0), "step": np.int32(0)})
-    np.testing.assert_array_equal(jax.random.key_data(restored["key"]), jax.random.key_data(tree["key"]))
-    assert (restored["rate"], int(restored["step"])) == (0.5, 7)
+@by_format
+def test_numbers(tmp_path, save):
+    tree = {"rate": 0.5, "step": np.int32(7), "on": True, "host": np.arange(3.0)}
+    save(tmp_path / "saved", tree)
+    restored = jbn.checkpoint.restore(tmp_path / "saved", {**tree, "rate": 0.0, "step": np.int32(0), "on": False})
+    assert (restored["rate"], int(restored["step"]), restored["on"]) == (0.5, 7, True)
     np.testing.assert_array_equal(restored["host"], tree["host"])
+
+
+@by_format
+@pytest.mark.parametrize(("value", "other"), [(jnp.float32(2.5), 0), (jnp.int32(5), True), (2**30 + 1, 0.0), (2.5, 1)])
+def test_numbers_are_not_cast_in_silence(tmp_path, save, value, other):
+    save(tmp_path / "saved", {"a": value})
+    with pytest.raises(ValueError, match="a has dtype"):
+        jbn.checkpoint.restore(tmp_path / "saved", {"a": other})
+
+
+@by_format
+@pytest.mark.parametrize("value", [np.int64(2**40 + 3), 1 / 3])
+def test_64_bits_are_not_cut_in_silence(tmp_path, save, value):
+    stored = np.array([value])
+    save(tmp_path / "saved", {"a": stored})
+    restored = jbn.checkpoint.restore(tmp_path / "saved", {"a": jax.ShapeDtypeStruct((1,), stored.dtype)})
+    assert restored["a"].dtype == stored.dtype
+    np.testing.assert_array_equal(restored["a"], stored)
+
+
+def test_random_keys_are_refused(tmp_path):
+    save_by_orbax(tmp_path / "saved", {"key": jax.random.key(0)})
+    with pytest.raises(TypeError, match=r"`target` has a random key at key: save and restore jax.random.key_data"):
+        jbn.checkpoint.restore(tmp_path / "saved", {"key": jax.random.key(0)})
+    with pytest.raises(ValueError, match=r"key has (shape|dtype)"):
+        jbn.checkpoint.restore(tmp_path / "saved", {"key": jnp.zeros(2, jnp.uint32)})
+
+
+@pytest.mark.parametrize("path", [None, 3])
+def test_paths_that_are_none(path):
+    with pytest.raises(TypeError, match="`path` is a "):
+        jbn.checkpoint.restore(path, jbn.init(3))
+
+
+def test_the_tree_itself_is_named(tmp_path):
+    save_by_flax(tmp_path / "saved", jnp.ones(4))
+    with pytest.raises(ValueError, match=r"the tree itself has shape \(4,\), not \(5,\)"):
+        jbn.checkpoint.restore(tmp_path / "saved", jnp.ones(5))
 
 
 def test_shardings_are_those_of_the_target(tmp_path):
@@ -161,6 +199,14 @@ def test_shardings_are_those_of_the_target(tmp_path):
     save_by_orbax(tmp_path / "saved", jbn.init(8))
     target = jax.device_put(jbn.init(8), whole)
     assert jbn.checkpoint.restore(tmp_path / "saved", target)[1].mean.sharding == whole
+
+
+def test_numbers_that_jax_does_not_have(tmp_path):
+    """Without 64 bits, jax would cut them."""
+    tree = {"step": np.int64(2**40), "rate": 0.5, "scale": np.ones(2)}
+    save_by_flax(tmp_path / "saved", tree)
+    restored = jbn.checkpoint.restore(tmp_path / "saved", tree)
+    assert (restored["step"], restored["rate"], restored["scale"].dtype) == (2**40, 0.5, np.float64)
 
 
 def test_relative_paths(tmp_path, tree, monkeypatch):

@@ -155,6 +155,13 @@ def test_torch_in_half_precision(torch_model, dtype):
     assert params.scale.dtype == dtype
     assert state.mean.dtype == jnp.float32
     np.testing.assert_array_equal(state.mean, model[1].running_mean.float().numpy())
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    back = join(*split(before, "torch"), "torch")
+    model.load_state_dict({name: torch.as_tensor(array) for name, array in back.items()})
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    strided = torch.arange(8.0).to(getattr(torch, dtype))[::2]
+    entries = {"weight": strided, "running_mean": strided, "running_var": strided}
+    np.testing.assert_array_equal(jbn.convert.from_torch(entries)[1].mean, [0, 2, 4, 6])
 
 
 @pytest.fixture
@@ -348,6 +355,12 @@ def test_equinox_inside_jit_and_in_stacks(rng, mode):
         jbn.convert.from_equinox(stack, states)
 
 
+def test_equinox_without_memory():
+    layer = SimpleNamespace(mode="batch", momentum=0.0, weight=None, bias=None, batch_counter=0, batch_state_index=1)
+    _, state = jbn.convert.from_equinox(layer, {0: np.int32(2), 1: (np.float32([3]), np.float32([4]))})
+    np.testing.assert_array_equal([state.mean, state.var], [[3], [4]])
+
+
 def test_equinox_variance_is_not_negative():
     """The hidden variance of a constant channel may be rounded to less than what is left of the start."""
     layer = SimpleNamespace(mode="batch", momentum=0.9, weight=None, bias=None, batch_counter=0, batch_state_index=1)
@@ -421,7 +434,9 @@ def test_linen_norms_that_are_scanned_over(rng):
     _, state = norms["norm"]
     assert state.mean.shape == (3, 4)
     assert state.count.shape == (3,)
-    jax.tree.map(np.testing.assert_array_equal, join(norms, rest, "linen", with_count=True), variables)
+    jax.tree.map(np.testing.assert_array_equal, join(norms, rest, "linen"), variables)
+    counted, _ = split(variables, "linen", count=9)
+    np.testing.assert_array_equal(counted["norm"][1].count, np.full(3, 9))
 
 
 class NNXNet(nnx.Module):
@@ -445,10 +460,8 @@ def test_nnx_trees(rng, pure):
     assert sorted(norms) == ["blocks/1", "last"]
     assert norms["blocks/1"][0].bias is None
     assert int(norms["last"][1].count) == 1
-    assert len(jax.tree.leaves(rest)) == 2
-    tree = join(norms, rest, "nnx")
-    tree["last"]["count"] = norms["last"][1].count
-    nnx.update(other, tree)
+    assert len(jax.tree.leaves(rest)) == 3  # kernel, bias, and the count that one norm has
+    nnx.update(other, join(norms, rest, "nnx"))
     for a, e in zip(jax.tree.leaves(nnx.state(other)), jax.tree.leaves(nnx.state(model)), strict=True):
         np.testing.assert_array_equal(a, e)
     model.eval(), other.eval()
@@ -463,6 +476,7 @@ NESTED = {
     "separators in keys": ("nnx", {"a/b": {"c": NORM}, "a": {"d/e": {"f": NORM}}}),
     "the norm alone": ("nnx", NORM),
     "a checkpoint around it": ("torch", {"epoch": 3, "model": {"a.bn.running_mean": 0, "a.bn.running_var": 0, "b": 0}}),
+    "what is None": ("torch", {"bn.weight": None, "bn.bias": None, "bn.running_mean": 0, "bn.running_var": 0}),
     "mappings all the way": ("torch", {"a": {"bn": {"running_mean": 0, "running_var": 0}}, "b": {}}),
 }
 
@@ -472,7 +486,7 @@ def test_mappings_come_back_nested_as_they_were(library, tree):
     tree = jax.tree.map(lambda leaf: np.ones(2, np.float32) if isinstance(leaf, int) else leaf, tree)
     back = join(*split(tree, library), library)
     names = "num_batches_tracked"
-    for node in (back.get("model", {}), back.get("a", {}).get("bn", {}) if library == "torch" else {}):
+    for node in (back, back.get("model", {}), back.get("a", {}).get("bn", {}) if library == "torch" else {}):
         for name in [name for name in node if name.endswith(names)]:
             del node[name]
     assert jax.tree.structure(back) == jax.tree.structure(tree)
@@ -500,6 +514,19 @@ def test_boxes_of_flax_are_named():
     with pytest.raises(ValueError, match=r"`scale` is a Partitioned, which makes no array: take it out by flax"):
         jbn.convert.from_linen(variables)
     assert jbn.convert.from_linen(nn.meta.unbox(variables))[0].scale.shape == (3,)
+
+
+def test_haiku_entries_that_are_no_norm():
+    average = {"average": np.ones((1, 2), np.float32), "counter": 3}
+    wrong = {"mean_ema": average, "var_ema": {"hidden": TWO}, "scale": "heavy"}
+    with pytest.raises(ValueError, match="not those of batch norm in Haiku") as caught:
+        jbn.convert.from_haiku(wrong)
+    for message in ("`var_ema.average` is missing", "`scale` is a str, which makes no array"):
+        assert message in str(caught.value)
+    other = {"net/~/counter": {"count": 3}, "net/norm/~/mean_ema": average, "net/norm/~/var_ema": average}
+    norms, (params, state) = split(({"net/norm": {"scale": TWO}}, other), "haiku")
+    assert list(norms) == ["net/norm"]
+    assert (params, list(state)) == ({}, ["net/~/counter"])
 
 
 def test_float64_is_not_cut_in_silence():
@@ -602,13 +629,24 @@ REFUSED = {
         TypeError,
         "`entries` is a BatchNorm: expected a mapping, the arrays of one norm by the names scale, bias",
     ),
-    "no Haiku averages": (lambda: jbn.convert.from_haiku({"mean_ema": TWO}), TypeError, "`mean_ema` is a ndarray"),
+    "no Haiku averages": (
+        lambda: jbn.convert.from_haiku({"mean_ema": TWO}),
+        TypeError,
+        "`entries\\['mean_ema'\\]` is a ndarray",
+    ),
     "no Haiku entries": (lambda: jbn.convert.from_haiku(None), TypeError, "`entries` is a NoneType"),
     "no Linen variables": (lambda: jbn.convert.from_linen(None), TypeError, "`variables` is a NoneType"),
-    "no Linen collection": (lambda: jbn.convert.from_linen({"params": 3}), TypeError, "`params` is a int"),
+    "no Linen collection": (
+        lambda: jbn.convert.from_linen({"params": 3}),
+        TypeError,
+        "`variables\\['params'\\]` is a int",
+    ),
     "no collection in a tree": (lambda: split({"params": None}, "linen"), TypeError, "`tree` has a NoneType at params"),
     "no norms": (lambda: join([], {}, "torch"), TypeError, "`norms` is a list"),
-    "no pair in norms": (lambda: join({"bn": None}, {}, "torch"), TypeError, "`norms` has a NoneType at bn"),
+    "no pair in norms": (lambda: join({"bn": None}, {}, "torch"), TypeError, "`norms` has None at bn"),
+    "numbers in norms": (lambda: join({"bn": (1, 2)}, {}, "torch"), TypeError, "`norms` has \\(1, 2\\) at bn"),
+    "a number for a path": (lambda: join({0: jbn.init(2)}, {}, "torch"), TypeError, "`norms` has the key 0"),
+    "no mappings of Haiku": (lambda: split((None, None), "haiku"), TypeError, "`params` is a NoneType"),
     "no rest": (lambda: join({}, None, "torch"), TypeError, "`rest` is a NoneType"),
     "no Equinox state": (
         lambda: jbn.convert.from_equinox(SimpleNamespace(batch_state_index=0, momentum=0.9, mode="ema"), None),

@@ -33,6 +33,7 @@ def from_equinox(layer: Any, state: Any, *, count: int | None = None) -> tuple[P
 
     Raises:
         TypeError: layer is no `equinox.nn.BatchNorm` with modes, or count is no int.
+        ValueError: layer is a stack of norms, or count is negative.
 
     Example:
         >>> from types import SimpleNamespace
@@ -73,7 +74,8 @@ def entries_of(layer: Any, state: Any) -> dict[str, Any]:
     counter = _scalar(state.get(layer.batch_counter))
     hidden_mean, hidden_var = state.get(layer.batch_state_index)
     # Before the first batch nothing is hidden behind the start, which is then what there is.
-    power = jnp.maximum(counter, 1).astype(hidden_var.dtype) * math.log(layer.momentum)
+    log = math.log(layer.momentum) if layer.momentum else -math.inf
+    power = jnp.maximum(counter, 1).astype(hidden_var.dtype) * log
     left, gathered = (jnp.where(counter > 0, *both) for both in ((jnp.exp(power), 0), (-jnp.expm1(power), 1)))
     mean, var = hidden_mean / gathered, jnp.maximum(hidden_var - left, 0) / gathered
     return {**entries, "mean": mean, "var": var, "counter": counter}

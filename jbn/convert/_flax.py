@@ -43,7 +43,7 @@ def from_linen(variables: Mapping[str, Mapping[str, Any]], *, count: int | None 
     if extra:
         raise ValueError(f"`variables` are not those of one norm, params and batch_stats: {', '.join(extra)}.")
     for name, collection in variables.items():
-        check_mapping(name, collection, "the arrays of one norm")
+        check_mapping(f"variables[{name!r}]", collection, "the arrays of one norm")
     return read_one(FLAX, {**variables.get("params", {}), **variables.get("batch_stats", {})}, count)
 
 

@@ -49,7 +49,7 @@ def flattened(entries: Mapping[str, Any]) -> dict[str, Any]:
     flat = {name: value for name, value in entries.items() if name not in AVERAGES}
     for name in AVERAGES:
         average = entries.get(name, {})
-        check_mapping(f"{name}", average, "the hidden, average and counter of Haiku's state")
+        check_mapping(f"entries[{name!r}]", average, "the hidden, average and counter of Haiku's state")
         if "average" in average:
             flat[f"{name}.average"] = average["average"]
     flat = {name: _squeezed(value) for name, value in flat.items()}

@@ -94,8 +94,9 @@ def written(names: Names, params: Params, state: State) -> dict[str, jax.Array]:
 
 
 def written_to_numpy(names: Names, params: Params, state: State) -> dict[str, np.ndarray]:
-    """Copies, since NumPy's view of a jax array is read-only."""
-    return {name: np.array(value) for name, value in written(names, params, state).items()}
+    """Copies, since NumPy's view of a jax array is read-only; bfloat16, which NumPy does not have, as float32."""
+    arrays = {name: np.array(value) for name, value in written(names, params, state).items()}
+    return {name: leaf.astype(np.float32) if leaf.dtype == jnp.bfloat16 else leaf for name, leaf in arrays.items()}
 
 
 def as_array(value: Any) -> jax.Array:
@@ -104,7 +105,7 @@ def as_array(value: Any) -> jax.Array:
     if isinstance(value, jax.Array):
         return value
     if str(getattr(value, "dtype", "")) == "torch.bfloat16":  # which NumPy does not have
-        return jnp.array(jnp.from_dlpack(value), copy=True)
+        return jnp.array(jnp.from_dlpack(value.contiguous()), copy=True)
     value = np.asarray(value)
     if value.dtype == np.float64 and jax.dtypes.canonicalize_dtype(value.dtype) != value.dtype:
         raise ValueError("is float64, which jax cuts to float32: convert it first, or turn jax_enable_x64 on")
@@ -168,5 +169,5 @@ def _norm(names: Names, arrays: Mapping[str, jax.Array], count: int | None) -> N
     mean, var = (arrays[name] for name in (names.mean, names.var))
     # Half precision is exact in float32, and running statistics lose small updates without it.
     mean, var = (leaf.astype(arithmetic_dtype(leaf)) for leaf in (mean, var))
-    number = jnp.asarray(stored if count is None else count).astype(jnp.int32)
+    number = jnp.asarray(stored).astype(jnp.int32) if count is None else jnp.full(np.shape(stored), count, jnp.int32)
     return Params(arrays.get(names.scale), arrays.get(names.bias)), State(mean, var, number)

@@ -10,7 +10,7 @@ from jbn.convert._equinox import EQUINOX, entries_of, is_norm
 from jbn.convert._flax import FLAX, LINEN, to_linen, to_nnx
 from jbn.convert._haiku import AVERAGES, HAIKU, flattened
 from jbn.convert._keras import KERAS, to_keras
-from jbn.convert._names import Names
+from jbn.convert._names import Names, check_mapping
 from jbn.convert._torch import TORCH, to_torch
 
 Nodes = dict[str, dict[str, Any]]
@@ -65,6 +65,8 @@ def _find_nnx(tree: Mapping[str, Any]) -> Found:
 
 def _find_haiku(tree: tuple[Mapping[str, Any], Mapping[str, Any]]) -> Found:
     params, state = tree
+    for name, mapping in (("params", params), ("state", state)):
+        check_mapping(name, mapping, f"in {TREES['haiku']}")
     nodes: Nodes = {}
     for path, value in state.items():
         node, _, name = path.rpartition("/~/")
@@ -96,15 +98,15 @@ FINDERS: dict[str, Callable[[Any], Found]] = {
 }
 
 
-def leaves_of(where: str, params: Params, state: State, library: str, with_count: bool) -> dict[str, Any]:
+def leaves_of(where: str, params: Params, state: State, library: str) -> dict[str, Any]:
     """The arrays of a norm, each by its path in the tree of a library."""
     if library in FLAT:
         separator, write = FLAT[library]
         return {_joined(where, name, separator): leaf for name, leaf in write(params, state).items()}
     if library == "nnx":
-        arrays = to_nnx(params, state, with_count=with_count)
+        arrays = to_nnx(params, state, with_count=True)
         return {_joined(where, name, "/"): leaf for name, leaf in arrays.items()}
-    variables = to_linen(params, state, with_count=with_count)
+    variables = to_linen(params, state, with_count=True)
     return {
         _joined(_joined(collection, where, "/") if where else collection, name, "/"): leaf
         for collection, arrays in variables.items()
@@ -112,17 +114,23 @@ def leaves_of(where: str, params: Params, state: State, library: str, with_count
     }
 
 
-def insert(tree: dict[Any, Any], path: str, leaf: Any, library: str) -> None:
-    """Put a leaf into a tree of dicts: into those that are there, as far as they lead, and where its place is free."""
+def insert(tree: dict[Any, Any], path: str, leaf: Any, library: str, with_count: bool) -> None:
+    """Put a leaf into a tree of dicts: into those that are there, as far as they lead, and where its place is free.
+
+    Flax's count replaces one that is there, and has no place elsewhere unless it is asked for.
+    """
     separator = FLAT[library][0] if library in FLAT else "/"
     node, left = _furthest(tree, path, separator)
     *above, name = [left] if library in FLAT else left.split(separator)
+    counter = library not in FLAT and name == FLAX.counter
+    if counter and not with_count and name not in node:
+        return
     for part in above:
         # Of a new path in NNX, a number is a place in a sequence.
         node = node.setdefault(int(part) if library == "nnx" and part.isdigit() else part, {})
         if not isinstance(node, dict):
             break
-    if not isinstance(node, dict) or name in node:
+    if not isinstance(node, dict) or (node.get(name) is not None and not counter):
         raise ValueError(f"`rest` has something at {path} already: expected the tree without its norms.")
     node[name] = leaf
 
@@ -164,13 +172,16 @@ def _leaves(tree: Mapping[Any, Any], separator: str, above: str = "") -> Iterato
 
 
 def _without(tree: Mapping[Any, Any], nodes: Nodes, separator: str, above: str = "") -> dict[Any, Any]:
-    """The tree without the leaves of some nodes; mappings stay, so that `join` finds each place again."""
+    """The tree without the arrays of some nodes.
+
+    Mappings stay, so that `join` finds each place again, and so do Flax's counts, so that it knows where there was one.
+    """
     kept: dict[Any, Any] = {}
     for key, value in tree.items():
         where = _joined(above, key, separator)
         if isinstance(value, Mapping):
             kept[key] = _without(value, nodes, separator, where)
-        elif where.rpartition(separator)[0] not in nodes:
+        elif where.rpartition(separator)[0] not in nodes or value is None or key == FLAX.counter:
             kept[key] = value
     return kept
 

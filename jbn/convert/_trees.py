@@ -19,13 +19,14 @@ def split(tree: Any, library: str, *, count: int | None = None) -> tuple[dict[st
             mapping of its arrays. "haiku": `(params, state)`. "equinox": `(model, state)`.
         library: "torch", "keras", "linen", "nnx", "haiku" or "equinox".
         count: the updates that the averages stand for, instead of those that the tree holds, which are 0 where it
-            does not count. A momentum schedule goes on from there.
+            does not count. A momentum schedule goes on from there. Norms that `nn.scan` stacks have a count each:
+            where none is stored, `state._replace(count=jnp.full(layers, count))` gives them.
 
     Returns:
         Params and State by the path of the norm, with the library's own separator: `norms["layer1.0.bn1"]`,
-        `norms["Block_0/BatchNorm_0"]`. The tree without their arrays, in dicts, which may have become empty; for
-        Equinox, the model with None in their places. Arrays of JAX are handed over as they are, others are copied;
-        half-precision statistics come as float32.
+        `norms["Block_0/BatchNorm_0"]`. The tree without their arrays, in dicts, which may have become empty, and with
+        the counts of Flax, which say where `join` shall put them; for Equinox, the model with None in their places.
+        Arrays of JAX are handed over as they are, others are copied; half-precision statistics come as float32.
 
     Raises:
         TypeError: tree is not of the kind that the library needs, or count is no int.
@@ -59,13 +60,15 @@ def split(tree: Any, library: str, *, count: int | None = None) -> tuple[dict[st
 def join(norms: Mapping[str, tuple[Params, State]], rest: Any, library: str, *, with_count: bool = False) -> Any:
     """The tree of a model from its norms and the rest; the inverse of `split`.
 
-    join(*split(tree, library), library) = tree
+    join(*split(tree, library), library) = tree, but for half-precision statistics, which come back as float32, and for
+    PyTorch's `num_batches_tracked`, which is written where there was none too
 
     Args:
         norms: Params and State by the path of the norm, as `split` gives them.
         rest: the tree without them; it is not changed.
         library: "torch", "keras", "linen" or "nnx".
-        with_count: "linen" and "nnx": store the count too, which jbn's modules with a momentum schedule read.
+        with_count: "linen" and "nnx": store the count, which jbn's modules with a momentum schedule read, also where
+            the tree had none.
 
     Returns:
         The tree, of dicts; the arrays of the norms in NumPy for PyTorch, whose `load_state_dict` takes
@@ -91,10 +94,12 @@ def join(norms: Mapping[str, tuple[Params, State]], rest: Any, library: str, *, 
     check_mapping("rest", rest, "the tree without its norms")
     tree = copied(rest)
     for where, norm in norms.items():
-        if not isinstance(norm, tuple) or len(norm) != 2:
-            raise TypeError(f"`norms` has a {type(norm).__name__} at {where}: expected (Params, State).")
-        for path, leaf in leaves_of(where, *norm, library, with_count).items():
-            insert(tree, path, leaf, library)
+        if not isinstance(where, str):
+            raise TypeError(f"`norms` has the key {where!r}: expected paths such as split gives, each a str.")
+        if [type(part) for part in (norm if isinstance(norm, tuple) else ())] != [Params, State]:
+            raise TypeError(f"`norms` has {norm!r} at {where}: expected (Params, State).")
+        for path, leaf in leaves_of(where, *norm, library).items():
+            insert(tree, path, leaf, library, with_count)
     return tree
 
 
