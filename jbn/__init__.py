@@ -34,13 +34,15 @@ __all__ = [
     "update",
 ]
 
+_NEED_FLAX = ("checkpoint", "linen", "nnx")
+
 
 def __getattr__(name: str) -> Any:
     """Modules that need Flax load when they are first touched."""
-    if name in ("checkpoint", "linen", "nnx"):
+    if name in _NEED_FLAX:
         return importlib.import_module(f"jbn.{name}")
     raise AttributeError(f"module 'jbn' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), "checkpoint", "linen", "nnx"])
+    return sorted([*globals(), *_NEED_FLAX])

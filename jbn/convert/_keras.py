@@ -51,7 +51,8 @@ def to_keras(params: Params, state: State) -> dict[str, np.ndarray]:
         state: running mean and variance; Keras does not count.
 
     Returns:
-        Writable NumPy arrays by Keras' names: `for v in layer.variables: v.assign(arrays[v.name])`.
+        Writable NumPy arrays, bfloat16 as float32, by Keras' names:
+        `for v in layer.variables: v.assign(arrays[v.name])`.
 
     Raises:
         TypeError: params or state is not jbn's.

@@ -1,5 +1,6 @@
 """Where the arrays of batch norms lie in the trees of each library."""
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -34,14 +35,14 @@ def find(tree: Any, library: str) -> Found:
     return FINDERS[library](tree)
 
 
-def _find_torch(tree: Mapping[str, Any]) -> Found:
-    nodes = {node: entries for node, entries in _by_node(tree, ".").items() if _has_statistics(TORCH, entries)}
-    return TORCH, nodes, _without(tree, nodes, ".")
-
-
-def _find_keras(tree: Mapping[str, Any]) -> Found:
-    nodes = {node: entries for node, entries in _by_node(tree, "/").items() if _has_statistics(KERAS, entries)}
-    return KERAS, nodes, _without(tree, nodes, "/")
+def _find_flat(names: Names, separator: str, tree: Mapping[str, Any]) -> Found:
+    """Either statistic makes a norm, so that one without the other is not passed over."""
+    nodes = {
+        node: entries
+        for node, entries in _by_node(tree, separator).items()
+        if names.mean in entries or names.var in entries
+    }
+    return names, nodes, _without(tree, nodes, separator)
 
 
 def _find_linen(tree: Mapping[str, Any]) -> Found:
@@ -89,8 +90,8 @@ def _find_equinox(tree: tuple[Any, Any]) -> Found:
 
 
 FINDERS: dict[str, Callable[[Any], Found]] = {
-    "torch": _find_torch,
-    "keras": _find_keras,
+    "torch": functools.partial(_find_flat, TORCH, "."),
+    "keras": functools.partial(_find_flat, KERAS, "/"),
     "linen": _find_linen,
     "nnx": _find_nnx,
     "haiku": _find_haiku,
@@ -147,10 +148,6 @@ def _furthest(node: dict[Any, Any], path: str, separator: str) -> tuple[dict[Any
 def copied(tree: Mapping[Any, Any]) -> dict[Any, Any]:
     """The same leaves in dicts of their own."""
     return {key: copied(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
-
-
-def _has_statistics(names: Names, entries: Mapping[str, Any]) -> bool:
-    return names.mean in entries or names.var in entries
 
 
 def _by_node(tree: Mapping[Any, Any], separator: str) -> Nodes:

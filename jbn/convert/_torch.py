@@ -53,7 +53,7 @@ def to_torch(params: Params, state: State) -> dict[str, np.ndarray]:
         state: running mean, variance and count.
 
     Returns:
-        Writable NumPy arrays by PyTorch's names; `torch.tensor` makes tensors of them.
+        Writable NumPy arrays, bfloat16 as float32, by PyTorch's names; `torch.tensor` makes tensors of them.
 
     Raises:
         TypeError: params or state is not jbn's.

@@ -60,8 +60,8 @@ def split(tree: Any, library: str, *, count: int | None = None) -> tuple[dict[st
 def join(norms: Mapping[str, tuple[Params, State]], rest: Any, library: str, *, with_count: bool = False) -> Any:
     """The tree of a model from its norms and the rest; the inverse of `split`.
 
-    join(*split(tree, library), library) = tree, but for half-precision statistics, which come back as float32, and for
-    PyTorch's `num_batches_tracked`, which is written where there was none too
+    join(*split(tree, library), library) = tree, but for half-precision statistics and NumPy's lack of bfloat16, which
+    come back as float32, and for PyTorch's `num_batches_tracked`, which is written where there was none too
 
     Args:
         norms: Params and State by the path of the norm, as `split` gives them.
