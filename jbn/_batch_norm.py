@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jbn import _arguments
-from jbn._collectives import AxisName, IndexGroups, checked_sharing, sum_over
-from jbn._moments import ShiftedMoments, arithmetic_dtype, no_moments, rounded, sum_first_axis, union
+from jbn._collectives import AxisName, IndexGroups, checked_sharing
+from jbn._moments import ShiftedMoments, arithmetic_dtype, no_moments, rounded, shared, union
 from jbn._standardize import Activation, Affine, Rule, closed_activation, standardize, transform
 from jbn._state import Params, State, update
 from jbn.momentum import Schedule
@@ -109,7 +109,7 @@ def batch_norm(
         out, batch = _standardized(rule, x, mask, affine, activation)
     else:
         out, batch = _standardized_in_groups(groups, rule, x, mask, affine, activation)
-        batch = union(jax.lax.stop_gradient(batch), lambda *arrays: sum_over(sharing, sum_first_axis(*arrays)))
+        batch = shared(union(jax.lax.stop_gradient(batch)), sharing)
     new_state = update(state, rounded(batch, features), momentum=momentum, running_var=running_var)
     return out, new_state
 

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jbn import _arguments
-from jbn._collectives import AxisName, IndexGroups, Sharing, checked_sharing, sum_over
+from jbn._collectives import AxisName, IndexGroups, Sharing, checked_sharing, every_part, sum_over
 from jbn._shift import shift_row
 
 
@@ -132,7 +132,7 @@ def merge(*moments: Moments) -> Moments:
     count = jnp.expand_dims(stacked.count, range(1, stacked.mean.ndim))
     mean, var = (jnp.where(count > 0, leaf, jnp.zeros((), leaf.dtype)) for leaf in (stacked.mean, stacked.var))
     parts = ShiftedMoments(shift=mean, offset=jnp.zeros_like(mean), var=var, count=count)
-    return rounded(union(parts, sum_first_axis), shapes[0])
+    return rounded(union(parts), shapes[0])
 
 
 def arithmetic_dtype(x: jax.Array) -> Any:
@@ -160,27 +160,47 @@ def shifted_moments(
     offset = jnp.sum(centered, axis=reduced, keepdims=True) / divisor
     mean_square = jnp.sum(centered * centered, axis=reduced, keepdims=True) / divisor
     local = ShiftedMoments(shift, offset, jnp.maximum(mean_square - offset * offset, 0), count)
+    return shared(local, sharing)
+
+
+def shared(local: ShiftedMoments, sharing: Sharing | None) -> ShiftedMoments:
+    """The moments of the union of the parts of all who share, the same to each of them."""
     if sharing is None:
         return local
-    return union(local, lambda *arrays: sum_over(sharing, arrays))
+    parts = every_part(sharing, local)
+    return _union_by_sums(local, sharing) if parts is None else union(ShiftedMoments(*parts))
 
 
-def union(parts: ShiftedMoments, total: Callable[..., Sequence[jax.Array]]) -> ShiftedMoments:
-    """Moments of the union of parts, which `total` sums over: a first sum gives every part one center near the mean,
-    a second the exact offset and spread around it."""
-    count = jnp.broadcast_to(parts.count, parts.offset.shape)
-    everything, first_moment = total(count, count * (parts.shift + parts.offset))
+def union(parts: ShiftedMoments) -> ShiftedMoments:
+    """The moments of the union of parts that are stacked along a new first axis, about the shift of the largest one."""
+    everything = jnp.sum(parts.count, axis=0)
+    weight = parts.count / jnp.maximum(everything, 1)[None]
+    largest = jnp.argmax(parts.count, axis=0, keepdims=True)
+    chosen = jax.lax.broadcasted_iota(largest.dtype, parts.count.shape, 0) == largest
+    # A value that is picked out is the same wherever the compiler forms it anew; one that is computed may round apart.
+    center = jax.lax.stop_gradient(jnp.sum(jnp.where(chosen, parts.shift, jnp.zeros((), parts.shift.dtype)), axis=0))
+    distance = (parts.shift - center[None]) + parts.offset
+    offset = jnp.sum(weight * distance, axis=0)
+    var = jnp.sum(weight * (parts.var + jnp.square(distance - offset[None])), axis=0)
+    return ShiftedMoments(center, offset, var, everything)
+
+
+def _union_by_sums(local: ShiftedMoments, sharing: Sharing) -> ShiftedMoments:
+    """The same for many parts: a first sum gives all one center near the mean, a second the offset and the spread."""
+    everything, first_moment = sum_over(sharing, (local.count, local.count * (local.shift + local.offset)))
     divisor = jnp.maximum(everything, 1)
-    center = jax.lax.stop_gradient(first_moment / divisor)
-    distance = (parts.shift - center) + parts.offset
-    offset, mean_square = total(count * distance, count * (parts.var + distance * distance))
-    offset = offset / divisor
-    return ShiftedMoments(center, offset, jnp.maximum(mean_square / divisor - offset * offset, 0), everything)
+    center = _rounded_once(jax.lax.stop_gradient(first_moment / divisor))
+    distance = (local.shift - center) + local.offset
+    sums = sum_over(sharing, (local.count * distance, local.count * (local.var + jnp.square(distance))))
+    offset, mean_square = (total / divisor for total in sums)
+    return ShiftedMoments(center, offset, jnp.maximum(mean_square - jnp.square(offset), 0), everything)
 
 
-def sum_first_axis(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """The `total` of parts that are stacked along the first axis."""
-    return tuple(jnp.sum(array, axis=0, keepdims=True) for array in arrays)
+def _rounded_once(center: jax.Array) -> jax.Array:
+    """The center with one bit less: without that, the compiler may fuse its last multiplication into a subtraction
+    from it and leave it unrounded there, while elsewhere it is rounded."""
+    form = jnp.finfo(center.dtype)
+    return jax.lax.reduce_precision(center, exponent_bits=form.nexp, mantissa_bits=form.nmant - 1)
 
 
 def rounded(shifted: ShiftedMoments, features: tuple[int, ...]) -> Moments:

@@ -1,10 +1,14 @@
 """The row that moments are taken about: cheap to read, and near the mean of each feature."""
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
 
 
 def shift_row(x: jax.Array, mask: jax.Array | None, reduced: tuple[int, ...], count: jax.Array) -> jax.Array:
@@ -15,57 +19,63 @@ def shift_row(x: jax.Array, mask: jax.Array | None, reduced: tuple[int, ...], co
     """
     if not reduced:
         return x if mask is None else jnp.where(mask, x, jnp.zeros((), x.dtype))
-    if mask is None:
-        return _median_of_three(*_three_rows(x, reduced))
-    return jnp.where(count > 0, _median_of_three(*_valid_rows(x, mask, reduced)), jnp.zeros((), x.dtype))
+    median: Callable[..., Any] = functools.partial(_median_of_rows, reduced=reduced)
+    spec = jax.typeof(x).sharding.spec
+    if any(spec):
+        # Explicit sharding refuses to index a sharded axis; the compiler knows how.
+        features = PartitionSpec(*(None if axis in reduced else names for axis, names in enumerate(spec)))
+        median = jax.sharding.auto_axes(median, out_sharding=features)
+    row = median(x, mask)
+    return row if mask is None else jnp.where(count > 0, row, jnp.zeros((), x.dtype))
 
 
-def _median_of_three(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
+def _median_of_rows(x: jax.Array, mask: jax.Array | None, *, reduced: tuple[int, ...]) -> jax.Array:
+    """The elementwise median of three rows."""
+    a, b, c = _rows_of_the_first_example(x, reduced) if mask is None else _valid_rows(x, mask, reduced)
     return jnp.maximum(jnp.minimum(a, b), jnp.minimum(jnp.maximum(a, b), c))
 
 
-def _three_rows(x: jax.Array, reduced: tuple[int, ...]) -> list[jax.Array]:
-    """Rows at the quarters of the first example, or the first three examples where an example has fewer than three.
+def _rows_of_the_first_example(x: jax.Array, reduced: tuple[int, ...]) -> list[jax.Array]:
+    """Rows at its quarters, or of the first three examples where an example has fewer than three.
 
-    The ends of an example are often padding. Each row is sliced from x itself and within one example, since rows that
-    are scattered over a sharded batch, or slices of a slice of it, would be sent from device to device.
+    The ends of an example are often padding. To slice before indexing spares TPUs a copy of the whole input in another
+    layout; to slice only would send the rows of a sharded example from device to device.
     """
     first, *others = reduced
     known = [axis for axis in others if isinstance(x.shape[axis], int)]
+    places: dict[int, Any] = {axis: np.zeros(3, np.int32) for axis in reduced}
     if any(x.shape[axis] >= 3 for axis in known):
-        places = [{axis: x.shape[axis] * quarter // 4 for axis in known} for quarter in (1, 2, 3)]
-        return [_row(x, reduced, place) for place in places]
-    return [_row(x, reduced, {first: row}) for row in range(3)]
-
-
-def _row(x: jax.Array, reduced: tuple[int, ...], place: dict[int, int]) -> jax.Array:
-    """The row at this place, 0 on the axes that it does not name, and at the end of those that are shorter."""
-    for axis in reduced:
-        size, index = x.shape[axis], place.get(axis, 0)
-        if isinstance(size, int):
-            x = jax.lax.slice_in_dim(x, min(index, size - 1), min(index, size - 1) + 1, axis=axis)
-        else:
-            x = jnp.take(x, jnp.minimum(jnp.arange(index, index + 1), size - 1), axis=axis)
-    return x
+        places |= {axis: x.shape[axis] * np.arange(1, 4) // 4 for axis in known}
+        x = jax.lax.slice_in_dim(x, 0, 1, axis=first)
+    else:
+        places[first] = jnp.minimum(jnp.arange(3), x.shape[first] - 1)
+    return _rows(x, places, reduced)
 
 
 def _valid_rows(x: jax.Array, mask: jax.Array, reduced: tuple[int, ...]) -> list[jax.Array]:
-    """The first, the second and the last valid row; any row where there is none.
-
-    Indexed with arrays: under automatic sharding that costs small all-reduces, where a scalar index, being a dynamic
-    slice, gathers the whole input.
-    """
-    index = jnp.zeros(mask.shape, jnp.int32)
+    """The next valid row from the start, a third and two thirds on, around the end; any row where there is none."""
+    total = math.prod(mask.shape)
     strides = {axis: math.prod(mask.shape[axis + 1 :]) for axis in reduced}
+    index = jnp.zeros(mask.shape, jnp.int32)
     for axis, stride in strides.items():
         index += jax.lax.broadcasted_iota(jnp.int32, mask.shape, axis) * stride
-    last = jnp.max(jnp.where(mask, index, 0))
-    first = jnp.min(jnp.where(mask, index, last))
-    second = jnp.min(jnp.where(mask & (index > first), index, last))
-    picks = jnp.stack([first, second, last])
+    starts, steps = (0, total // 3, total * 2 // 3), []
+    for start in starts:
+        ahead = jnp.where(index >= start, index - start, index - start + total)
+        steps.append(jnp.min(jnp.where(mask, ahead, total - 1)))
+    picks = jax.lax.rem(jnp.stack(steps) + np.array(starts, np.int32), np.int32(total))
+    return _rows(x, {axis: picks // stride % mask.shape[axis] for axis, stride in strides.items()}, reduced)
+
+
+def _rows(x: jax.Array, places: dict[int, Any], reduced: tuple[int, ...]) -> list[jax.Array]:
+    """The three rows at these places, each with size 1 on the reduced axes.
+
+    Indexed with arrays: under automatic sharding that costs one small all-reduce, where a scalar index, being a dynamic
+    slice, gathers the whole input.
+    """
     key: list[Any] = [slice(None)] * x.ndim
-    for axis, stride in strides.items():
-        key[axis] = picks // stride % mask.shape[axis]
+    for axis, place in places.items():
+        key[axis] = place
     rows = x.at[tuple(key)].get(mode="promise_in_bounds")
     contiguous = reduced == tuple(range(reduced[0], reduced[-1] + 1))
     rows = jnp.moveaxis(rows, reduced[0] if contiguous else 0, 0)

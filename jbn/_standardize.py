@@ -95,8 +95,9 @@ def _tangent(
         tangent, mean_t, covariance = None, jnp.zeros_like(batch.offset), jnp.zeros_like(batch.var)
     else:
         tangent = _valid(x_t, mask).astype(centered.dtype)
-        sums = (jnp.sum(v, axis=rule.reduced, keepdims=True) for v in (tangent, centered * tangent))
-        mean_t, covariance = (v / jnp.maximum(batch.count, 1) for v in sum_over(rule.sharing, tuple(sums)))
+        sums = [jnp.sum(v, axis=rule.reduced, keepdims=True) for v in (tangent, centered * tangent)]
+        sums = sums if rule.sharing is None else sum_over(rule.sharing, sums)
+        mean_t, covariance = (v / jnp.maximum(batch.count, 1) for v in sums)
     constant = affine_t.bias - slope * mean_t
     along = (affine_t.scale - slope * rstd * covariance) * rstd
     out_t = centered * along + constant
