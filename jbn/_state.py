@@ -126,8 +126,9 @@ def update(state: State, moments: Moments, *, momentum: float | Schedule = 0.99,
     dtype = jnp.result_type(state.mean)
     count = _whole(state.count)
     kept = momentum_schedules.at(momentum, count, dtype)
-    batch = Moments(*(jnp.asarray(leaf).astype(dtype) for leaf in moments))
     old_mean, old_var = (jnp.asarray(leaf).astype(dtype) for leaf in (state.mean, state.var))
+    batch_mean, batch_var, batch_count = (jnp.asarray(leaf).astype(dtype) for leaf in moments)
+    batch = Moments(_placed_as(old_mean, batch_mean), _placed_as(old_var, batch_var), batch_count)
 
     unset = jnp.isneginf(old_var)
     taken_var = batch.var
@@ -192,6 +193,12 @@ def unset(tree: Any) -> Any:
         for path, leaf in leaves
     ]
     return structure.unflatten(marked)
+
+
+def _placed_as(old: jax.Array, new: jax.Array) -> jax.Array:
+    """Under explicit sharding, where the old array is, so that the state can be carried through a loop."""
+    spec = jax.typeof(old).sharding.spec
+    return new if spec == jax.typeof(new).sharding.spec else jax.sharding.reshard(new, spec)
 
 
 def _average(kept: jax.Array, old: jax.Array, batch: jax.Array) -> jax.Array:

@@ -1,142 +1,158 @@
 """Statistics shared over devices and lanes equal those of the whole batch on one device."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from tolerances import assert_close
+from tolerances import assert_close, assert_rounded
+from transforms import MAPPED, TRANSFORMS, devices_of, step
 
 import jbn
+from jbn import _collectives
 
-DEVICES = 8
+DEVICES = {"devices": 8}
+GRID = {"rows": 4, "columns": 2}
+LANES = {"devices": 8, "lanes": 4}
+"""Places by axis; in the last they are too many to send their parts whole."""
 
 
 @pytest.fixture(scope="module")
 def mesh():
-    return Mesh(np.array(jax.devices()[:DEVICES]), ("devices",))
+    return devices_of(DEVICES)
 
 
-def whole(params, state, x, mask, cotangent, axis_name=None, **options):
-    """Output, new state, and the gradients of x and of params of this shard's share of the loss."""
-
-    def forward(params, x):
-        return jbn.batch_norm(params, state, x, True, momentum=0.5, mask=mask, axis_name=axis_name, **options)
-
-    out, backward, new_state = jax.vjp(forward, params, x, has_aux=True)
-    return out, new_state, *backward(cotangent)
-
-
-def under_shard_map(mesh, check_vma):
-    def run(params, state, x, mask, cotangent, **options):
-        function = functools.partial(whole, axis_name="devices", **options)
-        if not check_vma:  # each device then holds the gradient of its own share, to be summed by hand
-
-            def summed(*args):
-                out, new_state, gradients, dx = function(*args)
-                return out, new_state, jax.lax.psum(gradients, "devices"), dx
-
-            return jax.jit(jax.shard_map(summed, mesh=mesh, in_specs=SPECS, out_specs=OUT_SPECS, check_vma=False))(
-                params, state, x, mask, cotangent
-            )
-        return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=SPECS, out_specs=OUT_SPECS))(
-            params, state, x, mask, cotangent
-        )
-
-    return run
-
-
-SPECS = (P(), P(), P("devices"), P("devices"), P("devices"))
-OUT_SPECS = (P("devices"), P(), P(), P("devices"))
-
-
-def under_map(transform):
-    def run(params, state, x, mask, cotangent, **options):
-        def cut(array):
-            return None if array is None else array.reshape(DEVICES, -1, *array.shape[1:])
-
-        function = functools.partial(whole, axis_name="devices", **options)
-        out, new_state, gradients, dx = transform(function, axis_name="devices", in_axes=(None, None, 0, 0, 0))(
-            params, state, cut(x), cut(mask), cut(cotangent)
-        )
-        first = jax.tree.map(lambda leaf: leaf[0], new_state)
-        for leaf, expected in zip(jax.tree.leaves(new_state), jax.tree.leaves(first), strict=True):
-            np.testing.assert_array_equal(leaf, np.broadcast_to(expected, leaf.shape))
-        gradients = jax.tree.map(lambda leaf: leaf.sum(0), gradients)
-        return out.reshape(x.shape), first, gradients, dx.reshape(x.shape)
-
-    return run
-
-
-def under_jit(mesh):
-    def run(params, state, x, mask, cotangent, **options):
-        split = NamedSharding(mesh, P("devices"))
-        x, mask, cotangent = jax.device_put((x, mask, cotangent), split)
-        return jax.jit(functools.partial(whole, **options))(params, state, x, mask, cotangent)
-
-    return run
-
-
-TRANSFORMS = {
-    "shard_map": lambda mesh: under_shard_map(mesh, check_vma=True),
-    "shard_map, unchecked": lambda mesh: under_shard_map(mesh, check_vma=False),
-    "pmap": lambda mesh: under_map(jax.pmap),
-    "vmap": lambda mesh: under_map(jax.vmap),
-    "jit of a sharded batch": under_jit,
-}
-
-
-@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
-@pytest.mark.parametrize("valid", ["all", "uneven", "an empty shard", "nothing"])
-@pytest.mark.parametrize("center", [3, 1e4])
-def test_sharded_equals_whole(mesh, rng, transform, valid, center):
-    x = (rng.normal(size=(4 * DEVICES, 5, 3)) + center + np.arange(4 * DEVICES)[:, None, None]).astype(np.float32)
-    cotangent = rng.normal(size=x.shape).astype(np.float32)
-    mask = None if valid == "all" else rng.random((4 * DEVICES, 5)) < 0.3
+def make_batch(rng, dtype, valid, center):
+    """32 examples in order of their means, so that shards differ; what is not valid is NaN."""
+    x = rng.normal(size=(32, 5, 3)) + center + np.arange(32)[:, None, None]
+    mask = None if valid == "all" else rng.random((32, 5)) < 0.3
     if valid == "an empty shard":
         mask[:4] = mask[-4:] = False
     if valid == "nothing":
         mask[:] = False
     if mask is not None:
         x[~mask] = np.nan
+    cotangent = rng.normal(size=x.shape)
+    return jnp.asarray(x, dtype), mask, jnp.asarray(cotangent, dtype)
+
+
+def members(group, array, places):
+    """The part of an array that the places of a group hold."""
+    return None if array is None else np.concatenate([np.split(np.asarray(array), places)[place] for place in group])
+
+
+def assert_whole(result, params, x, mask, cotangent, groups, places):
+    """Each group equals its own batch on one device, in float64: output, state on all its places, gradients."""
+    dtype = x.dtype.name
+    x, cotangent = np.asarray(x, np.float64), np.asarray(cotangent, np.float64)
+    total = jbn.Params(0, 0)
+    for group in groups:
+        own = [members(group, array, places) for array in (x, mask, cotangent)]
+        expected = reference.batch_norm(own[0], *params, own[2], mask=own[1])
+        total = jbn.Params(total.scale + expected.dscale, total.bias + expected.dbias)
+        for actual, value in ((result.out, expected.out), (result.dx, expected.dx)):
+            assert actual.dtype == dtype
+            if dtype == "float32":
+                assert_close(members(group, actual, places), value, scale=5)
+            else:
+                assert_rounded(members(group, actual, places), value, dtype)
+        good = expected.count > 0
+        mean, var = reference.update(0, 1, expected, 0.5) if good else (np.zeros(3), np.ones(3))
+        held = [place % len(result.new_state.count) for place in group]
+        for place in held:
+            assert int(result.new_state.count[place]) == good
+            assert_close(result.new_state.mean[place], mean)
+            assert_close(result.new_state.var[place], var)
+            for leaf in result.new_state[:2]:
+                np.testing.assert_array_equal(leaf[place], leaf[held[0]])
+    for actual, value in zip(result.gradients, total, strict=True):
+        assert_close(actual, value, scale=np.abs(cotangent).sum())
+
+
+CASES = {
+    **{f"{name}, one axis": (run, DEVICES, None) for name, run in TRANSFORMS.items()},
+    **{f"{name}, two axes": (run, GRID, None) for name, run in TRANSFORMS.items()},
+    **{f"{name}, many lanes": (MAPPED[name], LANES, None) for name in ("pmap", "vmap")},
+    **{f"{name}, even groups": (run, DEVICES, [[0, 3, 5, 6], [7, 1, 2, 4]]) for name, run in MAPPED.items()},
+    **{f"{name}, uneven groups": (run, DEVICES, [[0, 3, 5], [7, 1, 2, 4, 6]]) for name, run in MAPPED.items()},
+}
+
+
+@functools.cache
+def built(case):
+    """A case's step, and its groups of places."""
+    transform, axes, groups = CASES[case]
+    places = math.prod(axes.values())
+    if groups is None:
+        return transform(axes), [list(range(places))], places
+    return transform(axes, axis_index_groups=groups), groups, places
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("valid", ["all", "uneven", "an empty shard", "nothing"])
+@pytest.mark.parametrize(("dtype", "center"), [("float32", 3), ("float32", 1e4), ("bfloat16", 3), ("bfloat16", 1e4)])
+def test_sharded_equals_whole(rng, case, valid, dtype, center):
+    run, groups, places = built(case)
+    x, mask, cotangent = make_batch(rng, dtype, valid, center)
     params = jbn.Params(*(rng.normal(size=3).astype(np.float32) for _ in range(2)))
-    _, state = jbn.init(3)
-    expected = reference.batch_norm(x, *params, cotangent, mask=mask)
-    out, new_state, gradients, dx = transform(mesh)(params, state, x, mask, cotangent)
-    assert int(new_state.count) == (valid != "nothing")
-    mean, var = (np.zeros(3), np.ones(3)) if valid == "nothing" else reference.update(0, 1, expected, 0.5)
-    assert_close(new_state.mean, mean)
-    assert_close(new_state.var, var)
-    assert_close(out, expected.out, scale=5)
-    assert_close(dx, expected.dx, scale=5)
-    assert_close(gradients.scale, expected.dscale, scale=np.abs(cotangent).sum())
-    assert_close(gradients.bias, expected.dbias, scale=np.abs(cotangent).sum())
+    result = run(params, jbn.init(3)[1], x, mask, cotangent)
+    assert_whole(result, params, x, mask, cotangent, groups, places)
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
-def test_activation_and_ghost_batches_when_sharded(mesh, rng, transform):
-    x = rng.normal(size=(4 * DEVICES, 3)).astype(np.float32) + 2
+@pytest.fixture
+def two_sums(monkeypatch):
+    """As if more places shared than send their parts whole."""
+    monkeypatch.setattr(_collectives, "FEW", 0)
+    for cache in (built.cache_clear, jax.clear_caches):
+        cache()
+    yield
+    for cache in (built.cache_clear, jax.clear_caches):
+        cache()
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "jit" not in case and "many" not in case])
+@pytest.mark.parametrize("valid", ["all", "an empty shard"])
+def test_sharded_equals_whole_by_two_sums(rng, two_sums, case, valid):
+    test_sharded_equals_whole(rng, case, valid, "float32", 1e4)
+
+
+@pytest.mark.parametrize("run", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("options", [{"activation": jax.nn.relu}, {"ghost_batch_size": 2}], ids=["relu", "ghost"])
+def test_activation_and_ghost_batches_when_sharded(rng, run, options):
+    x = rng.normal(size=(32, 3)).astype(np.float32) + 2
     cotangent = rng.normal(size=x.shape).astype(np.float32)
     params, state = jbn.init(3)
-    for options in ({"activation": jax.nn.relu}, {"ghost_batch_size": 2}):
-        one_device = jax.jit(functools.partial(whole, **options))(params, state, x, None, cotangent)
-        many = transform(mesh)(params, state, x, None, cotangent, **options)
-        for a, e in zip(jax.tree.leaves(many), jax.tree.leaves(one_device), strict=True):
-            assert_close(a, e, scale=np.abs(cotangent).sum())
+    one_device = jax.jit(functools.partial(step, **options))(params, state, x, None, cotangent)
+    many = run(DEVICES, **options)(params, state, x, None, cotangent)
+    many = many._replace(new_state=jax.tree.map(lambda leaf: leaf[:1], many.new_state))
+    for actual, expected in zip(jax.tree.leaves(many), jax.tree.leaves(one_device), strict=True):
+        assert_close(actual, expected, scale=np.abs(cotangent).sum())
 
 
-def test_a_nan_on_one_device_keeps_the_state_of_all(mesh, rng):
-    x = rng.normal(size=(4 * DEVICES, 3)).astype(np.float32)
+@pytest.mark.parametrize("run", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_a_nan_on_one_device_keeps_the_state_of_all(rng, run):
+    x = rng.normal(size=(32, 3)).astype(np.float32)
     x[5, 1] = np.nan
-    params, state = jbn.init(3)
-    for transform in TRANSFORMS.values():
-        _, new_state, _, _ = transform(mesh)(params, state, x, None, np.ones_like(x))
-        for leaf, expected in zip(new_state, state, strict=True):
-            np.testing.assert_array_equal(leaf, expected)
+    _, state = jbn.init(3)
+    result = run(DEVICES)(*jbn.init(3), x, None, np.ones_like(x))
+    for leaf, expected in zip(result.new_state, state, strict=True):
+        np.testing.assert_array_equal(leaf, np.broadcast_to(expected, leaf.shape))
+    assert np.isnan(np.asarray(result.out)[:, 1]).all()
+    assert np.isfinite(np.asarray(result.out)[:, [0, 2]]).all()
+
+
+@pytest.mark.parametrize("run", MAPPED.values(), ids=MAPPED)
+def test_a_nan_in_one_group_stays_there(rng, run):
+    x = rng.normal(size=(32, 3)).astype(np.float32)
+    x[5] = np.nan
+    result = run(DEVICES, axis_index_groups=[[0, 1, 2, 3], [4, 5, 6, 7]])(*jbn.init(3), x, None, np.ones_like(x))
+    assert np.isnan(np.asarray(result.out)[:16]).all()
+    assert_close(np.asarray(result.out)[16:], reference.batch_norm(x[16:]).out)
+    np.testing.assert_array_equal(result.new_state.count, [0] * 4 + [1] * 4)
 
 
 def test_batch_spread_over_lanes_alone(rng):
@@ -163,52 +179,6 @@ def test_lanes_may_be_masked(rng):
     norm = jax.vmap(lambda x, m: jbn.batch_norm(params, state, x, True, mask=m, axis_name="batch"), axis_name="batch")
     out, _ = norm(np.where(mask[:, None], x, np.float32(np.nan)), mask)
     assert_close(out, reference.batch_norm(x, mask=mask).out)
-
-
-@pytest.mark.parametrize("names", [("a", "b"), ["b", "a"]])
-def test_two_axis_names(rng, names):
-    x = rng.normal(size=(2, 3, 4, 5)).astype(np.float32) + 10
-    norm = functools.partial(jbn.batch_norm, *jbn.init(5), train=True, axis_name=names)
-    out, _ = jax.vmap(jax.vmap(lambda x: norm(x=x), axis_name="b"), axis_name="a")(x)
-    assert_close(out, reference.batch_norm(x).out)
-
-
-GROUPS = [[0, 3, 5], [7, 1, 2, 4, 6]]
-
-
-def members(group, x):
-    """The rows that the places of a group hold."""
-    return None if x is None else np.concatenate([np.split(x, DEVICES)[place] for place in group])
-
-
-@pytest.mark.parametrize("transform", ["shard_map", "shard_map, unchecked", "pmap", "vmap"])
-@pytest.mark.parametrize("masked", [False, True])
-def test_groups_share_among_themselves(mesh, rng, transform, masked):
-    x = (rng.normal(size=(4 * DEVICES, 3)) + 100 * np.arange(4 * DEVICES)[:, None]).astype(np.float32)
-    cotangent = rng.normal(size=x.shape).astype(np.float32)
-    mask = rng.random(4 * DEVICES) < 0.7 if masked else np.ones(4 * DEVICES, bool)
-    mask[:4] = not masked
-
-    def run(x, mask, cotangent):
-        out, new_state, _, dx = whole(*jbn.init(3), x, mask, cotangent, "devices", axis_index_groups=GROUPS)
-        return out, jax.tree.map(lambda leaf: leaf[None], new_state), dx
-
-    if "shard_map" in transform:
-        spec = P("devices")
-        shared = jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=transform == "shard_map")
-        out, new_state, dx = jax.jit(shared)(x, mask, cotangent)
-    else:
-        cut = [array.reshape(DEVICES, 4, *array.shape[1:]) for array in (x, mask, cotangent)]
-        out, new_state, dx = getattr(jax, transform)(run, axis_name="devices")(*cut)
-    for group in GROUPS:
-        args = [members(group, array) for array in (x, mask, cotangent)]
-        expected = reference.batch_norm(args[0], cotangent=args[2], mask=args[1])
-        for actual, value in ((out, expected.out), (dx, expected.dx)):
-            assert_close(members(group, np.asarray(actual).reshape(x.shape)), value, scale=5)
-        mean, var = reference.update(0, 1, expected, 0.5)
-        for place in group:
-            assert_close(new_state.mean.reshape(DEVICES, 3)[place], mean)
-            assert_close(new_state.var.reshape(DEVICES, 3)[place], var)
 
 
 def test_groups_of_another_size_than_the_axis():
@@ -269,7 +239,7 @@ ACTIVATIONS = {"none": None, "relu": jax.nn.relu, "gelu": jax.nn.gelu}
 def test_what_varies_without_being_differentiated(mesh, rng, varying, activation, axis_name):
     """Under checked shard_map, values that differ over devices meet others that do not."""
     x = rng.normal(size=(16, 3)).astype(np.float32)
-    own = np.arange(1, DEVICES + 1, dtype=np.float32)
+    own = np.arange(1, 9, dtype=np.float32)
     valid = np.arange(16) % 5 > 0
 
     def loss(x, own, valid):
@@ -300,35 +270,3 @@ def test_what_varies_without_being_differentiated(mesh, rng, varying, activation
     out_spec = P("devices") if varying == "captured" else P()
     gradient = jax.jit(jax.shard_map(one_device, mesh=mesh, in_specs=specs, out_specs=out_spec))(x, own, valid)
     assert bool(jnp.all(jnp.isfinite(gradient)))
-
-
-def all_reduces(compiled):
-    text = compiled.as_text()
-    for unwanted in ("all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
-        assert f" {unwanted}(" not in text, unwanted
-    return text.count(" all-reduce(")
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_number_of_collectives_under_shard_map(mesh, masked):
-    x, mask = jnp.ones((16, 5, 3)), jnp.ones((16, 5), bool) if masked else None
-    params, state = jbn.init(3)
-
-    def forward(params, x, mask):
-        return jbn.batch_norm(params, state, x, True, mask=mask, axis_name="devices", activation=jax.nn.relu)
-
-    def backward(params, x, mask):
-        _, pull, _ = jax.vjp(lambda x: forward(params, x, mask), x, has_aux=True)
-        return pull(x)[0]
-
-    specs = (P(), P("devices"), P("devices"))
-    for function, out_specs, count in ((forward, (P("devices"), P()), 1), (backward, P("devices"), 2)):
-        mapped = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out_specs)
-        assert all_reduces(jax.jit(mapped).lower(params, x, mask).compile()) == count
-
-
-@pytest.mark.parametrize("shape", [(64, 16), (64, 5, 6, 16)])
-def test_automatic_sharding_moves_vectors_only(mesh, shape):
-    x = jax.device_put(jnp.ones(shape), NamedSharding(mesh, P("devices")))
-    compiled = jax.jit(lambda x: jbn.batch_norm(*jbn.init(16), x, True)).lower(x).compile()
-    assert all_reduces(compiled) <= 3

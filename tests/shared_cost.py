@@ -1,0 +1,230 @@
+"""Count what shared statistics send: the collectives of one ResNet-50 training step, read off the compiled programs.
+
+python tests/shared_cost.py --devices 8 64 1024 8192
+
+The step is compiled for so many CPU devices and never run, so that any machine will do. What is sent depends on the
+channels, not on the images, so that a device has one image of 32 x 32. The step has loss, new running statistics and
+the gradients of all parameters; the loss stays on its device, whose mean would be one number more.
+
+An all-reduce may carry several arrays: the counts are of all-reduces, as XLA's CPU compiler joins them; that of other
+devices may join fewer or more. It is the gradients' as soon as one of a convolution or the dense layer is in it. So
+are, as compiled here where all share, the first norm's backward sums, 64 channels, and Flax's gradients of the biases.
+Where all share, jbn's backward sums are the gradients of scale and bias too, which are then not sent again. The rows
+in which none share say what the gradients take alone.
+"""
+
+import argparse
+import functools
+import math
+import re
+import socket
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jbn
+
+GROUP = 16
+PARTS = ("norm forward", "norm backward", "gradients")
+NORMS, CHANNELS, PARAMETERS = 53, 26_560, 25_557_032
+ONE_PROCESS = 2048
+"""The CPU backend takes devices from this number on for another process's, and refuses without collectives of it."""
+OPERATION = re.compile(r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+|ragged-all-to-all)[\w-]*\(")
+ALL_REDUCE = re.compile(r' = (.*?) all-reduce\(.* replica_groups=\{\{([\d,]+)\}.*op_name="(.*?)"')
+
+
+class Bottleneck(linen.Module):
+    """A block of three convolutions, the second of which strides."""
+
+    features: int
+    stride: int
+    norm: Callable[..., Any]
+
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        conv = functools.partial(linen.Conv, use_bias=False)
+        y = jax.nn.relu(self.norm()(conv(self.features, (1, 1))(x)))
+        y = jax.nn.relu(self.norm()(conv(self.features, (3, 3), self.stride)(y)))
+        y = self.norm()(conv(4 * self.features, (1, 1))(y))
+        if x.shape != y.shape:
+            x = self.norm()(conv(4 * self.features, (1, 1), self.stride)(x))
+        return jax.nn.relu(x + y)
+
+
+class ResNet50(linen.Module):
+    """ResNet-50 for the 1000 classes of ImageNet."""
+
+    norm: Callable[..., Any]
+
+    @linen.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        x = jax.nn.relu(self.norm()(linen.Conv(64, (7, 7), 2, use_bias=False)(images)))
+        x = linen.max_pool(x, (3, 3), (2, 2), "SAME")
+        for stage, blocks in enumerate((3, 4, 6, 3)):
+            for block in range(blocks):
+                x = Bottleneck(64 * 2**stage, 2 if stage > 0 and block == 0 else 1, self.norm)(x)
+        return linen.Dense(1000)(jnp.mean(x, axis=(1, 2)))
+
+
+class Case(NamedTuple):
+    """A norm, the axes of the mesh, the one to share statistics over, and those along which statistics differ."""
+
+    label: str
+    norm: Callable[..., Any]
+    mesh: dict[str, int]
+    axis_name: str | None
+    differ: tuple[str, ...]
+
+
+class AllReduce(NamedTuple):
+    """An all-reduce of a compiled program: the part of the step that it is for, and the bytes of its operands."""
+
+    part: str
+    size: int
+
+
+def cases(devices: int) -> list[Case]:
+    """What the table compares."""
+    members = min(GROUP, devices)
+    whole, grouped = {"devices": devices}, {"groups": devices // members, "members": members}
+    return [
+        Case("jbn, all share", jbn.linen.BatchNorm, whole, "devices", ()),
+        Case(f"jbn, groups of {members}", jbn.linen.BatchNorm, grouped, "members", ("groups",)),
+        Case("jbn, none share", jbn.linen.BatchNorm, whole, None, ("devices",)),
+        Case("Flax, all share", linen.BatchNorm, whole, "devices", ()),
+    ]
+
+
+def train(model: ResNet50, params: Any, batch_stats: Any, images: jax.Array, labels: jax.Array) -> tuple[Any, ...]:
+    """The loss of one device, the new running statistics, and the gradients, summed over all devices."""
+
+    def loss(params: Any) -> tuple[jax.Array, Any]:
+        variables = {"params": params, "batch_stats": batch_stats}
+        logits, updated = model.apply(variables, images, mutable=["batch_stats"])
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)
+        return -jnp.mean(chosen), updated["batch_stats"]
+
+    (value, updated), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+    return value[None], updated, gradients
+
+
+def compiled_text(case: Case) -> str:
+    """The compiled training step."""
+    shape = tuple(case.mesh.values())
+    mesh = Mesh(np.array(jax.devices()[: math.prod(shape)]).reshape(shape), tuple(case.mesh))
+    model = ResNet50(functools.partial(case.norm, use_running_average=False, axis_name=case.axis_name))
+    image, label = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), image)
+    check_network(variables)
+    values = (variables["params"], variables["batch_stats"], image, label)
+    same, everywhere = (), tuple(case.mesh)
+    axes = (same, case.differ, everywhere, everywhere)
+    step = jax.shard_map(
+        functools.partial(train, model),
+        mesh=mesh,
+        in_specs=tuple(map(P, axes)),
+        out_specs=(P(everywhere), P(case.differ), P(same)),
+        check_vma=True,
+    )
+    arguments = [spread(value, mesh, names) for value, names in zip(values, axes, strict=True)]
+    # LLVM's optimization comes after all that is read here, and takes time.
+    return jax.jit(step, compiler_options={"xla_backend_optimization_level": 0}).lower(*arguments).compile().as_text()
+
+
+def spread(values: Any, mesh: Mesh, names: tuple[str, ...]) -> Any:
+    """The whole arrays of which each place along the named axes of the mesh has such a part."""
+    copies = math.prod(mesh.shape[name] for name in names)
+
+    def whole(part: Any) -> jax.ShapeDtypeStruct:
+        shape = (copies * part.shape[0], *part.shape[1:])
+        return jax.ShapeDtypeStruct(shape, part.dtype, sharding=NamedSharding(mesh, P(names)))
+
+    return jax.tree.map(whole, values)
+
+
+def check_network(variables: Any) -> None:
+    """The network is ResNet-50."""
+    params, stats = (jax.tree.leaves(variables[name]) for name in ("params", "batch_stats"))
+    found = (len(stats) // 2, sum(leaf.size for leaf in stats) // 2, sum(leaf.size for leaf in params))
+    if found != (NORMS, CHANNELS, PARAMETERS):
+        raise AssertionError(f"{found} norms, channels and parameters: expected {(NORMS, CHANNELS, PARAMETERS)}.")
+
+
+def all_reduces(text: str, case: Case) -> list[AllReduce]:
+    """The collectives of a compiled step, which has no others."""
+    sharing = case.mesh.get(case.axis_name or "", 0)
+    found = []
+    for line in filter(OPERATION.search, text.splitlines()):
+        match = ALL_REDUCE.search(line)
+        if match is None:
+            raise ValueError(f"not an all-reduce as this script reads it: {line[:400]}")
+        shapes, group, scopes = match.groups()
+        places = [int(place) for place in group.split(",")]
+        if len(places) > 1:  # one among one device each, which XLA leaves where an axis has size 1, sends nothing
+            found.append(AllReduce(part_of(scopes, places == list(range(sharing))), bytes_of(shapes)))
+    return found
+
+
+def part_of(scopes: str, among_sharing: bool) -> str:
+    """What an all-reduce is for, by the scopes that its arrays come from, and by whether it is among those who share:
+    the gradients of scale and bias, summed over groups, have the scope of the backward sums."""
+    backward, norm = "transpose(" in scopes, "BatchNorm_" in scopes
+    if backward and (not among_sharing or re.search("(Conv|Dense)_", scopes)):
+        return "gradients"
+    if not norm or not among_sharing:
+        raise ValueError(f"an all-reduce from {scopes}, which is neither a norm's nor a gradient's.")
+    return "norm backward" if backward else "norm forward"
+
+
+def bytes_of(shapes: str) -> int:
+    """The bytes of all arrays in the type of an instruction, which for an all-reduce is that of its operands."""
+    arrays = re.findall(r"[a-z]+(\d+)\[([\d,]*)\]", shapes)
+    return sum(int(bits) // 8 * math.prod(map(int, filter(None, sizes.split(",")))) for bits, sizes in arrays)
+
+
+def row(devices: int, case: Case) -> str:
+    """A row of the table."""
+    start = time.monotonic()
+    found = all_reduces(compiled_text(case), case)
+    sizes = [[each.size for each in found if each.part == part] for part in PARTS]
+    sizes.append([each.size for each in found])
+    print(f"{devices} devices, {case.label}: {time.monotonic() - start:.0f} s", file=sys.stderr)
+    return f"| {devices} | {case.label} | " + " | ".join(f"{len(part)} | {sum(part):,}" for part in sizes) + " |"
+
+
+def start_devices(count: int) -> None:
+    """CPU devices of that number, of which none computes."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", count)
+    if count > ONE_PROCESS:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = f"localhost:{free.getsockname()[1]}"
+        jax.distributed.initialize(address, num_processes=1, process_id=0)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--devices", type=int, nargs="+", default=[8, 64, 1024, 8192], help="how many devices")
+    options = parser.parse_args(arguments)
+    if any(count < 2 or (count > GROUP and count % GROUP) for count in options.devices):
+        parser.error(f"--devices: from 2 to {GROUP}, or multiples of {GROUP}")
+    start_devices(max(options.devices))
+    print("| devices | statistics |" + "".join(f" {part} | bytes |" for part in (*PARTS, "all")))
+    print("|---:|---|" + "---:|" * 8)
+    for devices in options.devices:
+        for case in cases(devices):
+            print(row(devices, case), flush=True)
+
+
+if __name__ == "__main__":
+    main()
