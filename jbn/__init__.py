@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from jbn import convert, momentum
 from jbn._batch_norm import batch_norm, normalize
 from jbn._fold import fold
+from jbn._merge_states import merge_states
 from jbn._moments import Moments, merge, moments
 from jbn._state import Params, State, init, unset, update
 
@@ -26,6 +27,7 @@ __all__ = [
     "init",
     "linen",
     "merge",
+    "merge_states",
     "moments",
     "momentum",
     "nnx",

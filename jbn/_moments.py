@@ -174,7 +174,7 @@ def shared(local: ShiftedMoments, sharing: Sharing | None) -> ShiftedMoments:
 def union(parts: ShiftedMoments) -> ShiftedMoments:
     """The moments of the union of parts that are stacked along a new first axis, about the shift of the largest one."""
     everything = jnp.sum(parts.count, axis=0)
-    weight = parts.count / jnp.maximum(everything, 1)[None]
+    weight = parts.count / jnp.where(everything > 0, everything, jnp.ones_like(everything))[None]
     largest = jnp.argmax(parts.count, axis=0, keepdims=True)
     chosen = jax.lax.broadcasted_iota(largest.dtype, parts.count.shape, 0) == largest
     # A value that is picked out is the same wherever the compiler forms it anew; one that is computed may round apart.

@@ -124,7 +124,7 @@ def update(state: State, moments: Moments, *, momentum: float | Schedule = 0.99,
     for name, vectors in (("state", state), ("moments", moments)):
         _arguments.check_vectors(name, vectors, features, "the shape of `state.mean`")
     dtype = jnp.result_type(state.mean)
-    count = _whole(state.count)
+    count = whole(state.count)
     kept = momentum_schedules.at(momentum, count, dtype)
     old_mean, old_var = (jnp.asarray(leaf).astype(dtype) for leaf in (state.mean, state.var))
     batch_mean, batch_var, batch_count = (jnp.asarray(leaf).astype(dtype) for leaf in moments)
@@ -206,7 +206,7 @@ def _average(kept: jax.Array, old: jax.Array, batch: jax.Array) -> jax.Array:
     return jnp.where(kept < 0.5, batch + kept * (old - batch), old + (1 - kept) * (batch - old))
 
 
-def _whole(count: ArrayLike) -> jax.Array:
+def whole(count: ArrayLike) -> jax.Array:
     """The count as int32: averaging trees turns it to float."""
     count = jnp.asarray(count)
     return (count if jnp.issubdtype(count.dtype, jnp.integer) else jnp.rint(count)).astype(jnp.int32)

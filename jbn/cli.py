@@ -7,15 +7,17 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args, get_type_hints
 
 import jax
 
 import jbn
-from jbn.demo.options import OptionError, Options, check
+from jbn.demo.options import OptionError, Options, check, check_processes
 
 if TYPE_CHECKING:
-    from jbn.demo.loop import Look
+    from orbax.checkpoint import CheckpointManager
+
+    from jbn.demo.history import Look
 
 LINES = 10
 
@@ -32,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         parser.exit(1, f"jbn train needs {error.name}, which is not installed: pip install 'jbn[demo]'\n")
     except KeyboardInterrupt:
-        parser.exit(130, "\njbn train: interrupted, nothing was written\n")
+        parser.exit(130, "\njbn train: interrupted; --resume goes on from the last checkpoint, if there is one\n")
     except OptionError as error:
         parser.error(str(error))
 
@@ -54,37 +56,70 @@ def _parser() -> argparse.ArgumentParser:
         "steps": "optimizer steps",
         "learning_rate": "AdamW's learning rate at the start; it falls to 0 along a cosine",
         "seed": "fixes weights and batches, every bit on one machine",
-        "devices": "devices to share the batch and its statistics, all by default; on a CPU as many are made",
-        "out": "folder for the picture, the history and the checkpoint",
+        "devices": "devices of each process to share the batch and its statistics, all by default; on a CPU as many "
+        "are made",
+        "out": "folder for the picture, the history and the checkpoints",
+        "checkpoint_every": "steps from one checkpoint to the next; by default there is one, after the last step",
+        "resume": "go on from the last whole checkpoint in --out, with the same options; from the start where there is "
+        "none",
+        "coordinator": "HOST:PORT of process 0, where several processes find each other; auto on a cluster that JAX "
+        "knows, as Slurm and TPU pods",
+        "num_processes": "how many processes take part",
+        "process_id": "which one this is, from 0 on; process 0 prints and writes",
     }
+    kinds = get_type_hints(Options)
     for name, default in Options()._asdict().items():
-        kind = int if default is None else type(default)
-        train.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help=explained[name])
+        flag = f"--{name.replace('_', '-')}"
+        if kinds[name] is bool:
+            train.add_argument(flag, action="store_true", help=explained[name])
+        else:
+            kind = next(kind for kind in (str, int, float) if kind in (kinds[name], *get_args(kinds[name])))
+            train.add_argument(flag, type=kind, default=default, help=explained[name])
     return parser
 
 
 def _train(options: Options) -> int:
-    """Check, train, write and tell."""
+    """Check, train, write and tell; of several processes, one writes and tells."""
+    check_processes(options)
     _make_cpu_devices(options.devices)
-    from jbn.demo import data, loop, picture, record, report
+    from jbn.demo import data, history, loop, picture, processes, report
 
+    processes.join(options)
     digits = data.load()
-    check(options, examples=len(digits.train.labels), devices=jax.local_device_count())
-    folder = Path(options.out)
+    check(options, len(digits.train.labels), jax.local_device_count(), jax.process_count())
+    manager = processes.agreed(lambda: _opened(options))
+    with _progress(options.steps) if processes.writes() else contextlib.nullcontext(_ignore) as watch:
+        result = loop.train(options, digits, watch, manager)
+    if manager is not None:
+        manager.close()
+        folder = Path(options.out)
+        paths = [
+            picture.draw(folder, options, result),
+            history.write(folder, options, result.record, result.population),
+            folder / "checkpoints" / str(options.steps),
+        ]
+        print(*report.closing_lines(options, result), sep="\n")
+        print("wrote              ", *(os.path.relpath(path) for path in paths))
+    return 0 if math.isfinite(result.record.loss[-1]) else 1
+
+
+def _opened(options: Options) -> "CheckpointManager":
+    """The manager of the run's checkpoints, in a folder that was made if need be."""
+    from jbn.demo import checkpoints
+
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        Path(options.out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OptionError(f"--out is {folder}, where no folder can be made: {error.strerror}.") from None
-    with _progress(options.steps) as watch:
-        result = loop.train(options, digits, watch)
-    paths = [
-        picture.draw(folder, options, result),
-        record.write_history(folder, options, result),
-        record.write_checkpoint(folder, result),
-    ]
-    print(*report.closing_lines(options, result), sep="\n")
-    print("wrote              ", *(os.path.relpath(path) for path in paths))
-    return 0 if math.isfinite(result.looks[-1].loss) else 1
+        raise OptionError(f"--out is {options.out}, where no folder can be made: {error.strerror}.") from None
+    manager = checkpoints.open_manager(options)
+    if options.resume:
+        step = manager.latest_step()
+        print(f"nothing to resume in {options.out}" if step is None else f"resumed after step {step}", flush=True)
+    return manager
+
+
+def _ignore(look: "Look") -> None:
+    """What a process does that does not write."""
 
 
 def _make_cpu_devices(devices: int | None) -> None:

@@ -14,7 +14,7 @@ import pytest
 import jbn
 from jbn import cli
 from jbn.cli import main
-from jbn.demo import data, loop, model, report
+from jbn.demo import checkpoints, data, loop, model, report
 from jbn.demo.options import Options, momentum_from_text
 
 
@@ -43,14 +43,19 @@ def words(lines):
     return " ".join(" ".join(lines).split())
 
 
+def with_look(result, look):
+    """The result of a run whose only look is this one."""
+    return result._replace(record=result.record._replace(looks=[look]))
+
+
 def last_look(lesson, momentum):
-    return lesson[momentum][1].looks[-1]
+    return lesson[momentum][1].record.looks[-1]
 
 
 def test_training_does_not_see_the_momentum(lesson):
     slow, fast = lesson["0.999"][1], lesson["0.9"][1]
-    assert slow.loss == fast.loss
-    assert slow.train_accuracy == fast.train_accuracy
+    assert slow.record.loss == fast.record.loss
+    assert slow.record.train_accuracy == fast.record.train_accuracy
     chex.assert_trees_all_equal(slow.run.params, fast.run.params)
 
 
@@ -71,15 +76,15 @@ def test_closing_lines_say_what_to_do(lesson):
     assert f"{0.999**60:.1%} of the running statistics is still the initial" in collapsed
     assert "--momentum warmup:0.999" in collapsed
     options, result = lesson["warmup:0.999"]
-    stale = result.looks[-1]._replace(held_out_running=0.9, held_out_batch=0.97)
-    lines = words(report.closing_lines(options, result._replace(looks=[stale])))
+    stale = result.record.looks[-1]._replace(held_out_running=0.9, held_out_batch=0.97)
+    lines = words(report.closing_lines(options, with_look(result, stale)))
     assert "0.0% of the running statistics is still the initial" in lines
     assert "what remains is early batches" in lines
-    good = result._replace(looks=[stale._replace(held_out_running=0.97)])
+    good = with_look(result, stale._replace(held_out_running=0.97))
     assert "Nothing: inference keeps" in report.closing_lines(options, good)[-1]
-    diverged = result._replace(looks=[stale._replace(loss=math.nan)])
+    diverged = with_look(result, stale._replace(loss=math.nan))
     assert "lower --learning-rate" in report.closing_lines(options, diverged)[-1]
-    untrained = result._replace(looks=[stale._replace(held_out_batch=0.4)])
+    untrained = with_look(result, stale._replace(held_out_batch=0.4))
     assert "not trained yet" in report.closing_lines(options, untrained)[-1]
     for entry in report.closing_lines(*lesson["0.999"]):
         assert all(len(line) <= report.WIDTH for line in entry.splitlines())
@@ -88,7 +93,7 @@ def test_closing_lines_say_what_to_do(lesson):
 def test_looks_hold_what_the_norm_saw(lesson):
     _, result = lesson["0.9"]
     mean, var = np.zeros(loop.CHANNELS), np.ones(loop.CHANNELS)
-    for look in result.looks:
+    for look in result.record.looks:
         mean = 0.9 * mean + 0.1 * np.array(look.batch.mean)
         var = 0.9 * var + 0.1 * np.array(look.batch.var)
         np.testing.assert_allclose(look.running.mean, mean, atol=1e-5)
@@ -108,7 +113,9 @@ def test_memory_of_an_average(steps):
 
 
 def test_devices_share_their_statistics(digits):
-    one, two = (loop.train(Options(steps=1, devices=devices), digits, lambda look: None).looks[0] for devices in (1, 2))
+    one, two = (
+        loop.train(Options(steps=1, devices=devices), digits, lambda look: None).record.looks[0] for devices in (1, 2)
+    )
     np.testing.assert_allclose(one.loss, two.loss, rtol=1e-5)
     np.testing.assert_allclose(one.running, two.running, rtol=1e-5, atol=1e-6)
 
@@ -129,7 +136,7 @@ def test_command_line_writes_and_tells(tmp_path, capsys):
     assert history["device"] == ["cpu"]
     params, state = model.init(jax.random.key(1))
     with orbax.checkpoint.StandardCheckpointer() as checkpointer:
-        restored = checkpointer.restore(out / "checkpoint")
+        restored = checkpointer.restore(out / "checkpoints" / "12" / "run")
     assert int(restored["state"]["stem"]["count"]) == 12
     chex.assert_trees_all_equal_shapes(restored["params"]["dense"], params["dense"])
     chex.assert_tree_all_finite(restored["params"])
@@ -148,6 +155,12 @@ REFUSED = {
     "learning rate": (["--learning-rate", "-1"], "--learning-rate is -1.0"),
     "no devices": (["--devices", "0"], "--devices is 0: expected at least 1"),
     "seed": (["--seed", "-1"], "--seed is -1"),
+    "checkpoints": (["--checkpoint-every", "0"], "--checkpoint-every is 0: expected at least 1"),
+    "no port": (["--coordinator", "localhost"], "expected HOST:PORT of process 0"),
+    "no number of processes": (["--coordinator", "h:1", "--process-id", "0"], "--num-processes is None"),
+    "process": (["--coordinator", "h:1", "--num-processes", "2", "--process-id", "2"], "expected one of 0 to 1"),
+    "no coordinator": (["--process-id", "0"], "--process-id needs --coordinator HOST:PORT"),
+    "no cluster": (["--coordinator", "auto"], "--coordinator is auto, where no run could be joined"),
     "large seed": (["--seed", str(2**70)], "expected 0 to 4294967295"),
     "no folder": (["--out", "/proc/nowhere"], "--out is /proc/nowhere, where no folder can be made"),
 }
@@ -171,14 +184,66 @@ def test_command_line_keeps_a_file_that_is_in_the_way(tmp_path, capsys):
     assert path.read_text() == "mine"
 
 
-def test_command_line_replaces_its_own_checkpoint_and_no_other(tmp_path, capsys):
-    theirs = tmp_path / "checkpoint" / "mine.txt"
+def test_command_line_keeps_what_it_did_not_write(tmp_path, capsys):
+    theirs = tmp_path / "checkpoints" / "mine.txt"
     theirs.parent.mkdir()
     theirs.write_text("mine")
     with pytest.raises(SystemExit):
         main(["train", "--out", str(tmp_path)])
-    assert "is no checkpoint of jbn train" in capsys.readouterr().err
+    assert "holds what is no checkpoint" in capsys.readouterr().err
     assert theirs.read_text() == "mine"
+
+
+def stop_after(monkeypatch, step):
+    """Interrupt the next run after the checkpoint of a step."""
+    save = checkpoints.save
+
+    def save_and_stop(manager, progress, options):
+        save(manager, progress, options)
+        if progress.step == step:
+            manager.wait_until_finished()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints, "save", save_and_stop)
+
+
+def test_an_unfinished_run_is_resumed_and_not_lost(tmp_path, capsys, monkeypatch):
+    arguments = ["train", "--steps", "4", "--devices", "1", "--checkpoint-every", "1", "--out", str(tmp_path)]
+    with monkeypatch.context() as patched:
+        stop_after(patched, 2)
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+    assert ended.value.code == 130
+    assert "--resume goes on from the last checkpoint" in capsys.readouterr().err
+    refused = {
+        "a new run": (arguments, "a run of 4 steps that ended after step 2: give --resume"),
+        "other options": ([*arguments, "--resume", "--seed", "1"], "--seed is 1, but the run in"),
+        "fewer steps": ([*arguments, "--resume", "--steps", "2"], "was begun with 4: --resume needs the same"),
+    }
+    for more, message in refused.values():
+        with pytest.raises(SystemExit) as ended:
+            main(more)
+        assert ended.value.code == 2
+        assert message in words(capsys.readouterr().err.splitlines())
+    assert main([*arguments, "--resume"]) == 0
+    printed = capsys.readouterr().out
+    assert "resumed after step 2" in printed
+    assert "step 1/4" not in printed
+    assert len(json.loads((tmp_path / "history.json").read_text())["loss"]) == 4
+
+
+def test_a_finished_run_is_told_again_or_replaced(tmp_path, capsys):
+    arguments = ["train", "--steps", "2", "--devices", "1", "--out", str(tmp_path)]
+    assert main([*arguments, "--resume"]) == 0
+    printed = capsys.readouterr().out
+    assert "nothing to resume in" in printed
+    assert main([*arguments, "--resume"]) == 0
+    again = capsys.readouterr().out
+    assert "resumed after step 2" in again
+    assert again[again.index("held-out") :] == printed[printed.index("held-out") :]
+    arguments[2] = "1"
+    assert main(arguments) == 0
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
 
 
 def test_a_run_that_diverges_says_so(tmp_path, capsys):
@@ -218,7 +283,7 @@ def test_a_missing_extra_is_named(tmp_path, capsys, monkeypatch):
 def test_a_terminal_gets_a_bar(monkeypatch, capsys, lesson):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     with cli._progress(60) as watch:
-        for look in lesson["0.9"][1].looks:
+        for look in lesson["0.9"][1].record.looks:
             watch(look)
     captured = capsys.readouterr()
     assert "60/60" in captured.err

@@ -48,6 +48,7 @@ def test_core_imports_point_one_way():
         "_standardize": {"_collectives", "_moments"},
         "_state": {"_arguments", "_moments", "momentum"},
         "_batch_norm": {"_arguments", "_collectives", "_moments", "_standardize", "_state", "momentum"},
+        "_merge_states": {"_arguments", "_moments", "_state"},
         "_fold": {"_arguments", "_moments", "_state"},
         "_flax": {"_arguments", "_batch_norm", "_state"},
         "linen": {"_collectives", "_flax", "_state", "momentum"},

@@ -59,6 +59,7 @@ def main() -> None:
     params, state = jax.jit(train_step)(params, state, x)
     halves = [jbn.moments(half, feature_axis=-1, mask=None, axis_name=None) for half in jnp.split(x, 2)]
     whole: jbn.Moments = jbn.merge(*halves)
+    state = jbn.merge_states(state, jbn.init(3)[1], weights=[3, 1])
     schedules: list[float | jbn.momentum.Schedule] = [
         0.9,
         jbn.momentum.cumulative(),

@@ -35,11 +35,15 @@ def load() -> Digits:
     return Digits(train, held_out)
 
 
-def batches(examples: Examples, size: int, seed: int) -> Iterator[Examples]:
-    """Batches without end, an example once an epoch, in an order fixed by the seed; a short last batch is left out."""
+def batches(examples: Examples, size: int, seed: int, share: tuple[int, int] = (0, 1)) -> Iterator[Examples]:
+    """Batches without end, an example once an epoch, in an order fixed by the seed; a short last batch is left out.
+
+    `share` is (which, of how many): the part of each batch of `size` examples that one process loads.
+    """
+    which, parts = share
     rng = np.random.default_rng(seed)
     while True:
         order = rng.permutation(len(examples.labels))
         for start in range(0, len(order) - size + 1, size):
-            chosen = order[start : start + size]
+            chosen = np.split(order[start : start + size], parts)[which]
             yield Examples(examples.images[chosen], examples.labels[chosen])

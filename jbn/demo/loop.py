@@ -1,84 +1,115 @@
 """The training loop: batches through the compiled step, with a look at accuracies and statistics now and then."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import chex
 import jax
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jbn.demo import data, model
+from jbn.demo import checkpoints, data, model, processes
+from jbn.demo.checkpoints import Progress
+from jbn.demo.history import Look, Record, Watched
 from jbn.demo.options import Options, momentum_from_text
-from jbn.demo.step import AXIS, Run, batch_statistics, evaluate, make_step
+from jbn.demo.step import AXIS, Metrics, Run, batch_statistics, evaluate, make_shared_statistics, make_step
 
 LOOKS = 60
 CHANNELS = 3
 WATCHED = "stem"
 
 
-class Watched(NamedTuple):
-    """Mean and variance of the watched channels, each a list of length CHANNELS."""
-
-    mean: list[float]
-    var: list[float]
-
-
-class Look(NamedTuple):
-    """What a look at the network after a step finds."""
-
-    step: int
-    loss: float
-    train_accuracy: float
-    held_out_running: float
-    held_out_batch: float
-    batch: Watched
-    running: Watched
-
-
 class Result(NamedTuple):
-    """A finished run: the loss and accuracy of every step, the looks, and what was trained."""
+    """A finished run: what was recorded and trained, and the population statistics of the watched channels."""
 
-    loss: list[float]
-    train_accuracy: list[float]
-    looks: list[Look]
+    record: Record
     population: Watched
     run: Run
 
 
-def train(options: Options, digits: data.Digits, watch: Callable[[Look], None]) -> Result:
-    """Train on as many devices as the options ask for; `watch` is called with every look."""
-    mesh = Mesh(np.array(jax.local_devices()[: options.devices]), (AXIS,))
+def train(
+    options: Options,
+    digits: data.Digits,
+    watch: Callable[[Look], None],
+    manager: ocp.CheckpointManager | None = None,
+) -> Result:
+    """Train on as many devices as the options ask for, from the last checkpoint on where there is one.
+
+    The process that writes looks at the network now and then, calls `watch` with what it finds, and has a manager of
+    checkpoints; the others only train.
+    """
+    mesh = Mesh(np.array(processes.chosen_devices(options.devices)), (AXIS,))
     everywhere, split = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec(AXIS)))
     optimizer = optax.adamw(optax.cosine_decay_schedule(options.learning_rate, options.steps))
     chex.clear_trace_counter()
     step = make_step(mesh, optimizer, momentum=momentum_from_text(options.momentum), running_var=options.running_var)
+    shared_statistics = make_shared_statistics(mesh)
     params, state = model.init(jax.random.key(options.seed))
-    run = jax.device_put(Run(params, state, optimizer.init(params)), everywhere)
-    look_after = set(np.linspace(1, options.steps, min(LOOKS, options.steps)).round().astype(int).tolist())
-    batches = data.batches(digits.train, options.batch_size, options.seed)
-    history, looks = [], []
-    for number, batch in zip(range(1, options.steps + 1), batches, strict=False):
-        seen = _watched(batch_statistics(run.params, run.state, batch.images)) if number in look_after else None
-        run, metrics = step(run, jax.device_put(batch, split))
-        history.append(metrics)
-        if seen is not None:
-            held_out = [evaluate(run.params, run.state, digits.held_out, train=mode).accuracy for mode in (False, True)]
-            looks.append(
-                Look(
-                    number,
-                    float(metrics.loss),
-                    float(metrics.accuracy),
-                    *(float(accuracy) for accuracy in held_out),
-                    batch=seen,
-                    running=_watched(run.state),
-                )
-            )
-            watch(looks[-1])
-    loss, accuracy = ([float(value) for value in values] for values in zip(*history, strict=True))
-    population = _watched(batch_statistics(run.params, run.state, digits.train.images))
-    return Result(loss, accuracy, looks, population, run)
+    done, run, record = _start(Run(params, state, optimizer.init(params)), manager)
+    run = jax.device_put(run, everywhere)
+    pending: list[Metrics] = []
+    for number, own in _numbered_batches(done, options, digits.train):
+        batch = jax.tree.map(lambda array: jax.make_array_from_process_local_data(split, array), own)
+        look = number in _steps_to_look_after(options.steps)
+        seen = shared_statistics(run.params, run.state, batch.images) if look else None
+        run, metrics = step(run, batch)
+        pending.append(metrics)
+        if seen is not None and processes.writes():
+            record.looks.append(_look(number, metrics, processes.own_copy(seen), processes.own_copy(run), digits))
+            watch(record.looks[-1])
+        if number == options.steps or number % (options.checkpoint_every or options.steps) == 0:
+            _write_down(pending, record)
+            if manager is not None:
+                checkpoints.save(manager, Progress(number, processes.own_copy(run), record), options)
+    own_run = processes.own_copy(run)
+    population = _watched(batch_statistics(own_run.params, own_run.state, digits.train.images))
+    return Result(record, population, own_run)
+
+
+def _start(fresh: Run, manager: ocp.CheckpointManager | None) -> Progress:
+    """What the writing process finds in the last checkpoint, in all processes; else a fresh run."""
+    begun = Progress(0, jax.tree.map(np.asarray, fresh), Record([], [], []))
+    if manager is not None:
+        begun = checkpoints.restore(manager, begun)
+    step, run = processes.from_writer((np.array(begun.step), begun.run))
+    return Progress(int(step), run, begun.record)
+
+
+def _numbered_batches(done: int, options: Options, examples: data.Examples) -> Iterator[tuple[int, data.Examples]]:
+    """This process' share of the batches that are left, with the numbers of their steps."""
+    share = (jax.process_index(), jax.process_count())
+    batches = data.batches(examples, options.batch_size, options.seed, share)
+    return zip(range(done + 1, options.steps + 1), itertools.islice(batches, done, None), strict=False)
+
+
+def _steps_to_look_after(steps: int) -> set[int]:
+    return set(np.linspace(1, steps, min(LOOKS, steps)).round().astype(int).tolist())
+
+
+def _look(number: int, metrics: Metrics, seen: model.Tree, run: Run, digits: data.Digits) -> Look:
+    """The network after a step, and what the batch of that step was like."""
+    running, batch = (
+        float(evaluate(run.params, run.state, digits.held_out, train=mode).accuracy) for mode in (False, True)
+    )
+    return Look(
+        number,
+        float(metrics.loss),
+        float(metrics.accuracy),
+        held_out_running=float(running),
+        held_out_batch=float(batch),
+        batch=_watched(seen),
+        running=_watched(run.state),
+    )
+
+
+def _write_down(pending: list[Metrics], record: Record) -> None:
+    """Move the metrics of steps from the devices to the record."""
+    record.loss.extend(float(metrics.loss) for metrics in pending)
+    record.train_accuracy.extend(float(metrics.accuracy) for metrics in pending)
+    pending.clear()
 
 
 def _watched(state: model.Tree) -> Watched:

@@ -7,6 +7,7 @@ import jbn
 from jbn._arguments import RUNNING_VAR
 from jbn.momentum import Schedule
 
+AUTOMATIC = "auto"
 SCHEDULES = {"warmup": jbn.momentum.warmup, "debiased": jbn.momentum.debiased}
 
 
@@ -15,7 +16,8 @@ class OptionError(ValueError):
 
 
 class Options(NamedTuple):
-    """Options of `jbn train`, as they are written on the command line; `devices` None is all that JAX finds."""
+    """Options of `jbn train`, as they are written on the command line; `devices` None is all that JAX finds,
+    `checkpoint_every` None only after the last step."""
 
     momentum: str = "0.99"
     running_var: str = "biased"
@@ -25,6 +27,11 @@ class Options(NamedTuple):
     seed: int = 0
     devices: int | None = None
     out: str = "jbn-train"
+    checkpoint_every: int | None = None
+    resume: bool = False
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
 
 
 def momentum_from_text(text: str) -> float | Schedule:
@@ -42,13 +49,43 @@ def momentum_from_text(text: str) -> float | Schedule:
     return SCHEDULES[name](value) if colon else value
 
 
-def check(options: Options, examples: int, devices: int) -> None:
-    """Refuse what cannot be run with so many training examples and devices, before any work."""
+def check_processes(options: Options) -> None:
+    """Refuse what would not find the other processes, before it waits for them."""
+    given = {"--num-processes": options.num_processes, "--process-id": options.process_id}
+    named = [name for name, value in given.items() if value is not None]
+    if options.coordinator in (None, AUTOMATIC):
+        if named:
+            raise OptionError(f"{named[0]} needs --coordinator HOST:PORT, but that is {options.coordinator}.")
+        return
+    host, _, port = options.coordinator.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
+        raise OptionError(
+            f"--coordinator is {options.coordinator!r}: expected HOST:PORT of process 0, as in 127.0.0.1:12345, or "
+            f"{AUTOMATIC} on a cluster that JAX knows."
+        )
+    if options.num_processes is None or options.num_processes < 1:
+        raise OptionError(f"--num-processes is {options.num_processes}: expected how many take part, at least 1.")
+    if options.process_id is None or not 0 <= options.process_id < options.num_processes:
+        raise OptionError(
+            f"--process-id is {options.process_id}: expected one of 0 to {options.num_processes - 1}, another in each "
+            "process."
+        )
+
+
+def check(options: Options, examples: int, devices: int, processes: int = 1) -> None:
+    """Refuse what cannot be run with so many training examples, devices and processes, before any work."""
     momentum_from_text(options.momentum)
     if options.running_var not in RUNNING_VAR:
         raise OptionError(f"--running-var is {options.running_var!r}: expected one of {', '.join(RUNNING_VAR)}.")
     chosen = devices if options.devices is None else options.devices
-    for name, value in (("--batch-size", options.batch_size), ("--steps", options.steps), ("--devices", chosen)):
+    every = options.steps if options.checkpoint_every is None else options.checkpoint_every
+    at_least_one = {
+        "--batch-size": options.batch_size,
+        "--steps": options.steps,
+        "--devices": chosen,
+        "--checkpoint-every": every,
+    }
+    for name, value in at_least_one.items():
         if value < 1:
             raise OptionError(f"{name} is {value}: expected at least 1.")
     if chosen > devices:
@@ -57,22 +94,15 @@ def check(options: Options, examples: int, devices: int) -> None:
         raise OptionError(
             f"--batch-size is {options.batch_size}: expected at most {examples}, the training set's size."
         )
-    if options.batch_size % chosen:
+    if options.batch_size % (chosen * processes):
         raise OptionError(
-            f"--batch-size is {options.batch_size}, which {chosen} devices cannot share evenly: "
-            f"expected a multiple of {chosen}."
+            f"--batch-size is {options.batch_size}, which {chosen * processes} devices cannot share evenly: "
+            f"expected a multiple of {chosen * processes}."
         )
     if not 0 < options.learning_rate < float("inf"):
         raise OptionError(f"--learning-rate is {options.learning_rate}: expected a positive number.")
     if not 0 <= options.seed < 2**32:
         raise OptionError(f"--seed is {options.seed}: expected 0 to {2**32 - 1}.")
-    _check_out(Path(options.out))
-
-
-def _check_out(out: Path) -> None:
-    """What an earlier run left may be replaced; nothing else."""
+    out = Path(options.out)
     if out.exists() and not out.is_dir():
         raise OptionError(f"--out is {out}, which is a file: expected a folder, which need not exist yet.")
-    checkpoint = out / "checkpoint"
-    if checkpoint.exists() and not (checkpoint / "_CHECKPOINT_METADATA").exists():
-        raise OptionError(f"--out is {out}, and {checkpoint} is no checkpoint of jbn train: name another folder.")

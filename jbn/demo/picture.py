@@ -30,35 +30,35 @@ def draw(folder: Path, options: Options, result: Result) -> Path:
 
 def _style(result: Result) -> str:
     """Lines, with a mark at each look while they are few enough to be told apart."""
-    return "o-" if len(result.looks) <= FEW else "-"
+    return "o-" if len(result.record.looks) <= FEW else "-"
 
 
 def _draw_loss(axes: Any, result: Result) -> None:
-    axes.plot(range(1, len(result.loss) + 1), result.loss, _style(result), color="C0")
+    axes.plot(range(1, len(result.record.loss) + 1), result.record.loss, _style(result), color="C0")
     axes.set(title="training loss", xlabel="step", ylabel="cross-entropy (nats)", yscale="log")
 
 
 def _draw_accuracies(axes: Any, result: Result) -> None:
-    steps = [look.step for look in result.looks]
+    steps = [look.step for look in result.record.looks]
     axes.plot(
-        range(1, len(result.train_accuracy) + 1),
-        result.train_accuracy,
+        range(1, len(result.record.train_accuracy) + 1),
+        result.record.train_accuracy,
         _style(result),
         color="C0",
         alpha=0.35,
         label="training batch, its own statistics",
     )
     for field, color, label in (("batch", "C2", "its own statistics"), ("running", "C3", "running statistics")):
-        accuracies = [getattr(look, f"held_out_{field}") for look in result.looks]
+        accuracies = [getattr(look, f"held_out_{field}") for look in result.record.looks]
         axes.plot(steps, accuracies, _style(result), color=color, label=f"held out, {label}")
     axes.set(title="accuracy", xlabel="step", ylabel="share correct", ylim=(-0.02, 1.02))
     axes.legend(loc="center right")
 
 
 def _draw_statistic(axes: Any, result: Result, statistic: str, channel: int) -> None:
-    steps = [look.step for look in result.looks]
-    batch = [getattr(look.batch, statistic)[channel] for look in result.looks]
-    running = [getattr(look.running, statistic)[channel] for look in result.looks]
+    steps = [look.step for look in result.record.looks]
+    batch = [getattr(look.batch, statistic)[channel] for look in result.record.looks]
+    running = [getattr(look.running, statistic)[channel] for look in result.record.looks]
     axes.plot(steps, batch, ".", color="0.6", label="batches")
     axes.plot(steps, running, _style(result), color="C3", label="running")
     axes.axhline(

@@ -40,7 +40,7 @@ def memory(momentum: str, updates: int) -> Memory:
 
 def closing_lines(options: Options, result: Result) -> list[str]:
     """Lines that a person can act on."""
-    last = result.looks[-1]
+    last = result.record.looks[-1]
     updates = int(result.run.state[WATCHED].count)
     held = memory(options.momentum, updates)
     made = f"{updates} update{'s' if updates != 1 else ''}"
@@ -63,7 +63,7 @@ def _wrapped(name: str, text: str) -> str:
 
 
 def _advice(options: Options, result: Result, held: Memory) -> str:
-    last = result.looks[-1]
+    last = result.record.looks[-1]
     if not math.isfinite(last.loss):
         return "The loss is not finite: lower --learning-rate."
     if last.held_out_batch < TRAINED:

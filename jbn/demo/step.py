@@ -63,10 +63,18 @@ def evaluate(params: model.Tree, state: model.Tree, examples: Examples, *, train
     return _metrics(logits, examples.labels)
 
 
-@jax.jit
-def batch_statistics(params: model.Tree, state: model.Tree, images: Array) -> model.Tree:
+@functools.partial(jax.jit, static_argnames="axis_name")
+def batch_statistics(params: model.Tree, state: model.Tree, images: Array, axis_name: str | None = None) -> model.Tree:
     """Each norm's own mean and variance of this one batch: what unset statistics take over whole."""
-    return model.apply(params, jbn.unset(state), images, True, jbn.batch_norm)[1]
+    norm = functools.partial(jbn.batch_norm, axis_name=axis_name)
+    return model.apply(params, jbn.unset(state), images, True, norm)[1]
+
+
+def make_shared_statistics(mesh: Mesh) -> Callable[[model.Tree, model.Tree, Array], model.Tree]:
+    """`batch_statistics` of a batch that is split over the devices of the mesh."""
+    everywhere, split = PartitionSpec(), PartitionSpec(AXIS)
+    shared = functools.partial(batch_statistics, axis_name=AXIS)
+    return jax.jit(jax.shard_map(shared, mesh=mesh, in_specs=(everywhere, everywhere, split), out_specs=everywhere))
 
 
 def _metrics(logits: jax.Array, labels: Array) -> Metrics:
