@@ -2,6 +2,9 @@
 
 import functools
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -178,3 +181,14 @@ def test_features_that_are_split_have_local_statistics():
     x = jax.device_put(jnp.ones((16, 4, 32)), NamedSharding(mesh, P(None, None, "devices")))
     args = jax.device_put(jbn.init(32)[0], NamedSharding(mesh, P("devices")))
     assert sent(lambda params, x: jbn_layer(None, params, jbn.init(32)[1], x, None), args, x) == ["(pred[], pred[])"]
+
+
+def test_the_script_that_counts_for_a_whole_network():
+    script = Path(__file__).parent / "shared_cost.py"
+    run = subprocess.run([sys.executable, script, "--devices", "2"], capture_output=True, text=True)
+    head, _, shared, *others = run.stdout.splitlines()
+    columns = [cell.strip() for cell in head.split("|")]
+    row = dict(zip(columns, (cell.strip() for cell in shared.split("|")), strict=True))
+    assert row["statistics"] == "jbn, all share"
+    assert 0 < int(row["norm forward"]) <= 53
+    assert len(others) == 3, run.stderr
