@@ -38,7 +38,7 @@ NORMS, CHANNELS, PARAMETERS = 53, 26_560, 25_557_032
 ONE_PROCESS = 2048
 """The CPU backend takes devices from this number on for another process's, and refuses without collectives of it."""
 OPERATION = re.compile(r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+|ragged-all-to-all)[\w-]*\(")
-ALL_REDUCE = re.compile(r' = (.*?) all-reduce\(.* replica_groups=\{\{([\d,]+)\}.*op_name="(.*?)"')
+ALL_REDUCE = re.compile(r' = (.*?) all-reduce\(.* replica_groups=(\{\{.*?\}\}|mesh.*?\}), .*op_name="(.*?)"')
 
 
 class Bottleneck(linen.Module):
@@ -160,17 +160,26 @@ def check_network(variables: Any) -> None:
 
 def all_reduces(text: str, case: Case) -> list[AllReduce]:
     """The collectives of a compiled step, which has no others."""
-    sharing = case.mesh.get(case.axis_name or "", 0)
     found = []
     for line in filter(OPERATION.search, text.splitlines()):
         match = ALL_REDUCE.search(line)
         if match is None:
             raise ValueError(f"not an all-reduce as this script reads it: {line[:400]}")
-        shapes, group, scopes = match.groups()
-        places = [int(place) for place in group.split(",")]
-        if len(places) > 1:  # one among one device each, which XLA leaves where an axis has size 1, sends nothing
-            found.append(AllReduce(part_of(scopes, places == list(range(sharing))), bytes_of(shapes)))
+        shapes, groups, scopes = match.groups()
+        axes = axes_of(groups, case)
+        if axes:  # one among one device each, which XLA leaves where an axis has size 1, sends nothing
+            found.append(AllReduce(part_of(scopes, axes == {case.axis_name}), bytes_of(shapes)))
     return found
+
+
+def axes_of(groups: str, case: Case) -> set[str]:
+    """The axes of more than one place that an all-reduce goes along; XLA names them, or lists the places."""
+    if groups.startswith("mesh"):
+        return {name for name in re.findall(r"'(\w+)'", groups.split("{")[1]) if case.mesh[name] > 1}
+    first = [int(place) for place in re.findall(r"\d+", groups.split("}")[0])]
+    places = np.arange(math.prod(case.mesh.values())).reshape(tuple(case.mesh.values()))
+    seats = np.argwhere(np.isin(places, first))
+    return {name for name, seat in zip(case.mesh, seats.T, strict=True) if len(set(seat)) > 1}
 
 
 def part_of(scopes: str, among_sharing: bool) -> str:
