@@ -1,5 +1,6 @@
 """Checks of arguments: what is refused, and the message that says how to mend it."""
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -235,3 +236,15 @@ def checked_groups(ghost_batch_size: Any, shape: Sequence[int], axes: Axes) -> i
             f"of shape {tuple(shape)}: expected a divisor of {shape[0]}."
         )
     return shape[0] // size
+
+
+def check_groups_fit_shards(groups: int, x: jax.Array) -> None:
+    """Under explicit sharding, no group of examples may reach over the border of a device."""
+    sharding = jax.typeof(x).sharding
+    names = sharding.spec[0] or ()
+    shards = math.prod(sharding.mesh.shape[name] for name in ((names,) if isinstance(names, str) else names))
+    if groups % shards:
+        raise ValueError(
+            f"`ghost_batch_size` is {x.shape[0] // groups}, but each of {shards} devices has {x.shape[0] // shards} of "
+            f"the {x.shape[0]} examples: expected a divisor of {x.shape[0] // shards}."
+        )

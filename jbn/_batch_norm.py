@@ -217,6 +217,7 @@ def _standardized_in_groups(
     groups: int, rule: Rule, x: jax.Array, mask: jax.Array | None, affine: Affine, activation: Activation | None
 ) -> tuple[jax.Array, ShiftedMoments]:
     """Each group of examples standardized on its own, and the moments of each, stacked along a new first axis."""
+    _arguments.check_groups_fit_shards(groups, x)
 
     def cut(array: jax.Array) -> jax.Array:
         return array.reshape(groups, array.shape[0] // groups, *array.shape[1:])

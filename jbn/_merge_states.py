@@ -1,6 +1,6 @@
 """One state from those of replicas that trained without sharing their statistics."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -88,14 +88,16 @@ def _checked_weights(weights: Any, states: int, dtype: Any) -> jax.Array:
         return jnp.ones(states, dtype)
     expected = f"expected {states} numbers of at least 0, not all 0, one for each state"
     try:
-        values = [jnp.asarray(weight, dtype) for weight in weights]
-    except (TypeError, ValueError):
+        values = list(weights)
+        traced = any(isinstance(value, Tracer) for value in values)
+        known = None if traced else np.array([float(value) for value in values if not isinstance(value, str)])
+    except (TypeError, ValueError, OverflowError):
         raise TypeError(f"`weights` is {weights!r}: {expected}.") from None
-    if [value.shape for value in values] != [()] * states:
+    if isinstance(weights, Mapping) or len(values) != states or any(np.shape(value) for value in values):
         raise ValueError(f"`weights` is {weights!r}: {expected}.")
-    array = jnp.stack(values)
-    if not isinstance(array, Tracer):
-        known = np.asarray(array)
-        if not (np.isfinite(known).all() and (known >= 0).all() and known.any()):
-            raise ValueError(f"`weights` is {weights!r}: {expected}.")
-    return array / jnp.max(array)
+    if known is None:
+        array = jnp.stack([jnp.asarray(value).astype(dtype) for value in values])
+        return array / jnp.max(array)
+    if len(known) != states or not (np.isfinite(known).all() and (known >= 0).all() and known.any()):
+        raise ValueError(f"`weights` is {weights!r}: {expected}.")
+    return jnp.asarray(known / known.max(), dtype)

@@ -19,14 +19,20 @@ def shift_row(x: jax.Array, mask: jax.Array | None, reduced: tuple[int, ...], co
     """
     if not reduced:
         return x if mask is None else jnp.where(mask, x, jnp.zeros((), x.dtype))
-    median: Callable[..., Any] = functools.partial(_median_of_rows, reduced=reduced)
-    spec = jax.typeof(x).sharding.spec
-    if any(spec):
-        # Explicit sharding refuses to index a sharded axis; the compiler knows how.
-        features = PartitionSpec(*(None if axis in reduced else names for axis, names in enumerate(spec)))
-        median = jax.sharding.auto_axes(median, out_sharding=features)
-    row = median(x, mask)
+    median = functools.partial(_median_of_rows, reduced=reduced)
+    sharding = jax.typeof(x).sharding
+    row = _indexed_automatically(median, sharding, reduced, x, mask) if any(sharding.spec) else median(x, mask)
     return row if mask is None else jnp.where(count > 0, row, jnp.zeros((), x.dtype))
+
+
+def _indexed_automatically(
+    median: Callable[..., jax.Array], sharding: Any, reduced: tuple[int, ...], x: jax.Array, mask: jax.Array | None
+) -> jax.Array:
+    """Explicit sharding refuses to index a sharded axis; the compiler knows how."""
+    features = PartitionSpec(*(None if axis in reduced else names for axis, names in enumerate(sharding.spec)))
+    with jax.sharding.use_abstract_mesh(sharding.mesh):
+        automatic: Callable[..., Any] = jax.sharding.auto_axes(median, out_sharding=features)
+        return automatic(x, mask)
 
 
 def _median_of_rows(x: jax.Array, mask: jax.Array | None, *, reduced: tuple[int, ...]) -> jax.Array:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 
 from jbn import _arguments
@@ -197,8 +198,8 @@ def unset(tree: Any) -> Any:
 
 def _placed_as(old: jax.Array, new: jax.Array) -> jax.Array:
     """Under explicit sharding, where the old array is, so that the state can be carried through a loop."""
-    spec = jax.typeof(old).sharding.spec
-    return new if spec == jax.typeof(new).sharding.spec else jax.sharding.reshard(new, spec)
+    there, here = jax.typeof(old).sharding.spec, jax.typeof(new).sharding
+    return new if there == here.spec else jax.sharding.reshard(new, NamedSharding(here.mesh, there))
 
 
 def _average(kept: jax.Array, old: jax.Array, batch: jax.Array) -> jax.Array:

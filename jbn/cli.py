@@ -88,10 +88,13 @@ def _train(options: Options) -> int:
     digits = data.load()
     check(options, len(digits.train.labels), jax.local_device_count(), jax.process_count())
     manager = processes.agreed(lambda: _opened(options))
-    with _progress(options.steps) if processes.writes() else contextlib.nullcontext(_ignore) as watch:
-        result = loop.train(options, digits, watch, manager)
+    try:
+        with _progress(options.steps) if processes.writes() else contextlib.nullcontext(_ignore) as watch:
+            result = loop.train(options, digits, watch, manager)
+    finally:
+        if manager is not None:
+            manager.close()
     if manager is not None:
-        manager.close()
         folder = Path(options.out)
         paths = [
             picture.draw(folder, options, result),

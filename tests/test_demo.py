@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 
 import chex
@@ -241,6 +242,12 @@ def test_a_finished_run_is_told_again_or_replaced(tmp_path, capsys):
     again = capsys.readouterr().out
     assert "resumed after step 2" in again
     assert again[again.index("held-out") :] == printed[printed.index("held-out") :]
+    (tmp_path / "checkpoints" / "2" / "record" / "metadata").write_text("")
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--resume"])
+    assert ended.value.code == 2
+    assert "delete that folder" in words(capsys.readouterr().err.splitlines())
+    shutil.rmtree(tmp_path / "checkpoints" / "2")
     arguments[2] = "1"
     assert main(arguments) == 0
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]

@@ -35,7 +35,7 @@ def test_averaged_variances_lose_the_spread_of_the_means():
 
 def test_weights_count_relative_to_each_other():
     left, right = (jbn.State(jnp.array([mean]), jnp.array([1.0]), jnp.int32(0)) for mean in (0.0, 4.0))
-    for scale in (1e-30, 1, 1e30):
+    for scale in (1e-300, 1e-44, 1, 1e38, 1e300):
         merged = jbn.merge_states(left, right, weights=[3 * scale, scale])
         assert_close(merged.mean, [1])
         assert_close(merged.var, [4])
@@ -102,9 +102,11 @@ REFUSED = {
     "negative": ((STATE, STATE), [1, -1], ValueError, r"`weights` is \[1, -1\]"),
     "all 0": ((STATE, STATE), [0, 0], ValueError, "not all 0"),
     "nan": ((STATE,), [float("nan")], ValueError, "nan"),
-    "words": ((STATE,), ["one"], TypeError, "`weights` is"),
+    "words": ((STATE,), ["1"], ValueError, "`weights` is"),
+    "a mapping": ((STATE,), {0: 1}, ValueError, "`weights` is"),
+    "too large": ((STATE,), [10**400], TypeError, "`weights` is"),
     "no sequence": ((STATE,), 3, TypeError, "`weights` is 3"),
-    "matrix": ((STATE, STATE), np.ones((2, 2)), ValueError, "one for each state"),
+    "matrix": ((STATE, STATE), np.ones((2, 2)), TypeError, "one for each state"),
 }
 
 

@@ -78,6 +78,31 @@ def test_replicated_state_under_explicit_sharding(rng, options):
         assert_close(actual, value, scale=np.abs(x).sum())
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+@pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
+def test_explicit_sharding_needs_no_mesh_around_it(rng, split, masked):
+    x = rng.normal(size=(8, 8, 4, 16)).astype(np.float32) + 3
+    mask = rng.random((8, 8, 4)) < 0.3 if masked else None
+    expected = step(*jbn.init(16), x, mask, x)
+    mesh = devices_of({"rows": 4, "columns": 2}, axis_types=(AxisType.Explicit,) * 2)
+    x = jax.device_put(x, NamedSharding(mesh, split))
+    result = jax.jit(step)(*jbn.init(16), x, mask, x)
+    assert jax.typeof(result.out) == jax.typeof(result.dx) == jax.typeof(x)
+    for actual, value in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
+        assert_close(actual, value, scale=np.abs(np.asarray(x)).sum())
+
+
+def test_ghost_batches_over_borders_of_devices():
+    mesh = devices_of({"devices": 8}, axis_types=(AxisType.Explicit,))
+    x = jax.device_put(jnp.ones((16, 3)), NamedSharding(mesh, P("devices")))
+    message = "`ghost_batch_size` is 4, but each of 8 devices has 2 of the 16 examples: expected a divisor of 2"
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=message):
+        jbn.batch_norm(*jbn.init(3), x, True, ghost_batch_size=4)
+    with jax.set_mesh(mesh):
+        out, _ = jbn.batch_norm(*jbn.init(3), x, True, ghost_batch_size=2)
+    assert jax.typeof(out) == jax.typeof(x)
+
+
 LAYERS, FEATURES = 4, 8
 SENT = re.compile(
     r"= (\(.*?\)|\S+) (all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all|collective-broadcast)"

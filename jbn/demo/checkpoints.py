@@ -81,7 +81,14 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _read(manager: ocp.CheckpointManager, step: int, **items: Any) -> Any:
-    return manager.restore(step, args=ocp.args.Composite(**items))
+    """Items of a checkpoint; a damaged one is named, for orbax and its stores raise many kinds of errors."""
+    try:
+        return manager.restore(step, args=ocp.args.Composite(**items))
+    except (KeyError, ValueError, OSError) as error:
+        raise OptionError(
+            f"--out has a damaged checkpoint, {manager.directory / str(step)} ({type(error).__name__}): delete that "
+            "folder, and --resume goes on from the one before it."
+        ) from None
 
 
 def _check_earlier_run(options: Options, step: int, earlier: dict[str, Any]) -> None:
