@@ -175,8 +175,10 @@ def union(parts: ShiftedMoments) -> ShiftedMoments:
     """The moments of the union of parts that are stacked along a new first axis, about the shift of the largest one."""
     everything = jnp.sum(parts.count, axis=0)
     weight = parts.count / jnp.where(everything > 0, everything, jnp.ones_like(everything))[None]
-    largest = jnp.argmax(parts.count, axis=0, keepdims=True)
-    chosen = jax.lax.broadcasted_iota(largest.dtype, parts.count.shape, 0) == largest
+    # The first of the largest, by two reductions: argmax would gather counts that are spread over devices.
+    number = jax.lax.broadcasted_iota(jnp.int32, parts.count.shape, 0)
+    is_largest = parts.count == jnp.max(parts.count, axis=0)[None]
+    chosen = number == jnp.min(jnp.where(is_largest, number, len(number)), axis=0)[None]
     # A value that is picked out is the same wherever the compiler forms it anew; one that is computed may round apart.
     center = jax.lax.stop_gradient(jnp.sum(jnp.where(chosen, parts.shift, jnp.zeros((), parts.shift.dtype)), axis=0))
     distance = (parts.shift - center[None]) + parts.offset

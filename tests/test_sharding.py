@@ -200,6 +200,14 @@ def test_what_is_sent_does_not_grow_with_the_batch(shape, split, masked, axis_na
     assert small == large
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+def test_ghost_batches_gather_nothing(masked):
+    def layer(axis_name, params, state, x, mask):
+        return jbn.batch_norm(params, state, x, True, mask=mask, ghost_batch_size=2)
+
+    assert counted(layer, None, *CUTS["examples"], masked)[2]
+
+
 def test_features_that_are_split_have_local_statistics():
     """What is sent are the two flags of the update's guard, since all devices keep or change the state together."""
     mesh = devices_of({"devices": 8})
