@@ -3,11 +3,14 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from jbn import convert, momentum
-from jbn._batch_norm import batch_norm, normalize
+from jbn import convert, momentum, renorm
+from jbn._batch_norm import batch_norm
+from jbn._batch_renorm import batch_renorm
+from jbn._calibrate import calibrate
 from jbn._fold import fold
 from jbn._merge_states import merge_states
 from jbn._moments import Moments, merge, moments
+from jbn._normalize import normalize
 from jbn._state import Params, State, init, unset, update
 
 if TYPE_CHECKING:
@@ -21,6 +24,8 @@ __all__ = [
     "State",
     "__version__",
     "batch_norm",
+    "batch_renorm",
+    "calibrate",
     "checkpoint",
     "convert",
     "fold",
@@ -32,6 +37,7 @@ __all__ = [
     "momentum",
     "nnx",
     "normalize",
+    "renorm",
     "unset",
     "update",
 ]

@@ -190,6 +190,29 @@ def check_momentum(momentum: Any) -> None:
         checked_momentum("momentum", momentum)
 
 
+LEAST_BOUNDS = {"r_max": 1.0, "d_max": 0.0}
+"""Below these, a bound of batch renormalization would allow nothing."""
+
+
+def checked_bound(bound: str, value: Any, name: str) -> float:
+    """A concrete bound of batch renormalization, r_max or d_max, given as the argument `name`."""
+    least = LEAST_BOUNDS[bound]
+    if not _is_number(value):
+        raise TypeError(
+            f"`{name}` is {value!r}: expected a number of at least {least:g}, or where a schedule is allowed a "
+            f"function count -> number, such as jbn.renorm.{bound}()."
+        )
+    if not float(value) >= least:
+        raise ValueError(f"`{name}` is {float(value)}: expected a number of at least {least:g}; inf is no bound.")
+    return float(value)
+
+
+def check_bound(bound: str, value: Any) -> None:
+    """A concrete number is checked before any work; what a schedule or a trace gives is clipped where it is used."""
+    if not callable(value) and not isinstance(value, Tracer):
+        checked_bound(bound, value, bound)
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, Numeric) and np.ndim(value) == 0
 

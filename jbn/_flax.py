@@ -1,4 +1,4 @@
-"""What the Linen and the NNX module have in common: the call of `batch_norm` by attributes, and the options refused."""
+"""What the Linen and the NNX modules have in common: the core's calls by attributes, and the options refused."""
 
 from typing import Any
 
@@ -6,8 +6,10 @@ import jax
 
 from jbn import _arguments
 from jbn._batch_norm import batch_norm
+from jbn._batch_renorm import batch_renorm
 from jbn._state import Params, State
 
+BOUNDS = ("r_max", "d_max")
 NOT_NEEDED = {
     "use_fast_variance": "jbn's variance is exact at the speed of the fast one, so that there is nothing to choose",
     "force_float32_reductions": "jbn reduces in float32 at least, whatever the dtype of its input",
@@ -26,6 +28,11 @@ def check_dtypes(**given: Any) -> None:
     """Dtypes of result and parameters."""
     for name, dtype in given.items():
         _arguments.checked_dtype(dtype, None, name)
+
+
+def reads_count(module: Any) -> bool:
+    """Whether an attribute of the module is a schedule."""
+    return any(callable(getattr(module, name, None)) for name in ("momentum", *BOUNDS))
 
 
 def checked_call(module: Any, x: Any, use_running_average: Any) -> tuple[jax.Array, tuple[int, ...]]:
@@ -48,17 +55,18 @@ def apply(
     dtype: Any,
     initializing: bool = False,
 ) -> tuple[jax.Array, State]:
-    """`batch_norm` with the options that a module holds as attributes.
+    """`batch_norm`, or `batch_renorm` where it has bounds, with the options that a module holds as attributes.
 
     What a module is initialized with says nothing of training: any batch will do, outside of any mapped axis.
     """
-    division: dict[str, Any] = {}
+    optional: dict[str, Any] = {name: getattr(module, name) for name in BOUNDS if hasattr(module, name)}
+    call = batch_renorm if optional else batch_norm
     if not initializing:
         names = ("axis_name", "axis_index_groups", "ghost_batch_size")
-        division = {name: getattr(module, name) for name in names}
+        optional.update({name: getattr(module, name) for name in names})
     axes = _arguments.checked_axes(module.axis, x.ndim, "axis")
     _check_shapes(module, params, state, axes.features(x.shape), x)
-    return batch_norm(
+    return call(
         params,
         state,
         x,
@@ -70,7 +78,7 @@ def apply(
         running_var=module.running_var,
         activation=module.activation,
         dtype=dtype,
-        **division,
+        **optional,
     )
 
 

@@ -23,6 +23,15 @@ class Affine(NamedTuple):
     bias: jax.Array
 
 
+class Target(NamedTuple):
+    """What batch renormalization corrects towards: running statistics with the rank of x, and the bounds of r and d."""
+
+    mean: jax.Array
+    var: jax.Array
+    r_max: jax.Array
+    d_max: jax.Array
+
+
 class Rule(NamedTuple):
     """What is fixed while tracing."""
 
@@ -35,13 +44,21 @@ class Rule(NamedTuple):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def standardize(
-    rule: Rule, x: jax.Array, mask: jax.Array | None, affine: Affine, captured: list[jax.Array]
+    rule: Rule,
+    x: jax.Array,
+    mask: jax.Array | None,
+    affine: Affine,
+    captured: list[jax.Array],
+    target: Target | None = None,
 ) -> tuple[jax.Array, ShiftedMoments]:
     """activation((x - mean) * rstd * scale + bias) by the batch's own mean and variance, and its moments.
 
-    `captured` are the values that the activation closes over, since a custom derivative sees arguments only.
+    `captured` are the values that the activation closes over, since a custom derivative sees arguments only. With a
+    target, (x - mean) * rstd becomes (x - mean) * rstd * r + d, where r and d are constants to every derivative.
     """
     batch = shifted_moments(x, mask, rule.reduced, rule.sharing)
+    if target is not None:
+        affine = _corrected(_correction(rule, batch, target), affine)
     return transform(rule, x, mask, batch, affine, captured), batch
 
 
@@ -57,13 +74,16 @@ def transform(
 
 @functools.partial(standardize.defjvp, symbolic_zeros=True)
 def _standardize_jvp(rule: Rule, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
-    x, mask, affine, captured = primals
-    x_t, _, affine_t, captured_t = tangents
-    out, batch = standardize(rule, x, mask, affine, captured)
+    x, mask, affine, captured, target = primals
+    x_t, _, affine_t, captured_t, _ = tangents
+    out, batch = standardize(rule, x, mask, affine, captured, target)
     x_t = None if isinstance(x_t, SymbolicZero) else x_t
     affine_t, captured_t = jax.tree.map(
         _instantiated, (affine_t, captured_t), (affine, captured), is_leaf=lambda leaf: isinstance(leaf, SymbolicZero)
     )
+    if target is not None:
+        correction = _correction(rule, batch, target)
+        affine, affine_t = _corrected(correction, affine), _corrected(correction, affine_t)
     # checkpoint keeps its arguments and recomputes the rest, so that the backward pass has x in its own dtype, the
     # moments, scale and bias, and nothing else. What it recomputes is elementwise and fuses into the backward pass:
     # a barrier against merging it with the forward pass, the default, would only stop that fusion.
@@ -112,6 +132,23 @@ def _tangent(
         _, out_t = jax.jvp(rule.activation, (before, *captured), (out_t, *values_t))
     batch_t = ShiftedMoments(jnp.zeros_like(batch.shift), mean_t, 2 * covariance, jnp.zeros_like(batch.count))
     return _valid(out_t.astype(rule.dtype), mask), batch_t
+
+
+def _correction(rule: Rule, batch: ShiftedMoments, target: Target) -> tuple[jax.Array, jax.Array]:
+    """r and d of batch renormalization, 1 and 0 where the running statistics are unset; never differentiated."""
+    batch = jax.lax.stop_gradient(batch)
+    unset = jnp.isneginf(target.var)
+    running = jnp.where(unset, jnp.ones_like(target.var), target.var) + rule.epsilon
+    r = jnp.sqrt((batch.var + rule.epsilon) / running)
+    d = ((batch.shift - target.mean) + batch.offset) * jax.lax.rsqrt(running)
+    r = jnp.where(unset, jnp.ones_like(r), jnp.clip(r, 1 / target.r_max, target.r_max))
+    return r, jnp.where(unset, jnp.zeros_like(d), jnp.clip(d, -target.d_max, target.d_max))
+
+
+def _corrected(correction: tuple[jax.Array, jax.Array], affine: Affine) -> Affine:
+    """Scale and bias, or their tangents, that act on xhat as the given ones do on xhat * r + d."""
+    r, d = correction
+    return Affine(r * affine.scale, d * affine.scale + affine.bias)
 
 
 def closed_activation(

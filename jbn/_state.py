@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 
-from jbn import _arguments
+from jbn import _arguments, _nodes
 from jbn import momentum as momentum_schedules
 from jbn._moments import Moments
 from jbn.momentum import Schedule
@@ -160,8 +160,8 @@ def unset(tree: Any) -> Any:
     mean = 0, var = -inf, count = 0. Inference with them gives NaN, loudly.
 
     Args:
-        tree: any tree of jbn statistics: every node with `mean` and `var` is marked, and its `count` where it has one;
-            all else is left as it is.
+        tree: any tree of jbn statistics, of states, a Linen dict, an NNX state or module: every node with `mean` and
+            `var` is marked, and its `count` where it has one; all else is left as it is.
 
     Returns:
         The tree, of the same structure, shapes and dtypes.
@@ -180,20 +180,14 @@ def unset(tree: Any) -> Any:
     Source:
         jbn's own convention; -inf survives averaging, is no variance, and leaves NaN to mean a fault.
     """
-    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
-    names: dict[Any, set[str]] = {}
-    for path, leaf in leaves:
-        if _name(path) == "count" or jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            names.setdefault(path[:-1], set()).add(_name(path))
-    nodes = {parent for parent, found in names.items() if {"mean", "var"} <= found}
-    if not nodes:
-        raise ValueError("`tree` holds no statistics: expected a tree with nodes that have `mean` and `var`.")
+    forest = _nodes.find(tree, "`tree`")
     marks = {"mean": 0, "var": -jnp.inf, "count": 0}
-    marked = [
-        jnp.full_like(leaf, marks[_name(path)]) if path[:-1] in nodes and _name(path) in marks else leaf
-        for path, leaf in leaves
-    ]
-    return structure.unflatten(marked)
+    return forest.replaced(
+        {
+            path: {field: jnp.full_like(leaf, marks[field]) for field, leaf in forest.at(path).items()}
+            for path in forest.nodes
+        }
+    )
 
 
 def _placed_as(old: jax.Array, new: jax.Array) -> jax.Array:
@@ -211,10 +205,3 @@ def whole(count: ArrayLike) -> jax.Array:
     """The count as int32: averaging trees turns it to float."""
     count = jnp.asarray(count)
     return (count if jnp.issubdtype(count.dtype, jnp.integer) else jnp.rint(count)).astype(jnp.int32)
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    """The name of a leaf in its node."""
-    if not path:
-        return ""
-    return str(getattr(path[-1], "name", getattr(path[-1], "key", "")))

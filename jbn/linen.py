@@ -1,4 +1,4 @@
-"""Batch normalization as a Flax Linen module: Flax's attributes and variables, jbn's arithmetic."""
+"""Batch normalization as Flax Linen modules: Flax's attributes and variables, jbn's arithmetic."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from flax import linen as nn
 from flax.linen.dtypes import canonicalize_dtype
 from jax.typing import ArrayLike
 
-from jbn import _flax
+from jbn import _batch_renorm, _flax
 from jbn._collectives import AxisName, IndexGroups
 from jbn._state import Params, State
 from jbn.momentum import Schedule
@@ -106,7 +106,7 @@ class BatchNorm(nn.Module):
         x, features = _flax.checked_call(self, x, averaged)
         train, initializing = not averaged, self.is_initializing()
 
-        counted = callable(self.momentum) and (train or initializing)
+        counted = _flax.reads_count(self) and (train or initializing)
         if counted and not initializing:
             self._check_count()
         mean = self.variable("batch_stats", "mean", jnp.zeros, features, jnp.float32)
@@ -130,8 +130,37 @@ class BatchNorm(nn.Module):
         """Statistics from elsewhere have no count, and from a count of 0 a schedule would overwrite them."""
         if self.has_variable("batch_stats", "mean") and not self.has_variable("batch_stats", "count"):
             raise ValueError(
-                "`batch_stats` has `mean` and `var` but no `count`, which the `momentum` schedule reads: from a count "
-                "of 0 it would overwrite them. Say how many updates they stand for by "
+                "`batch_stats` has `mean` and `var` but no `count`, which a schedule reads: from a count of 0, one of "
+                "`momentum` would overwrite them. Say how many updates they stand for by "
                 "jbn.convert.split(variables, 'linen', count=...) and jbn.convert.join(..., with_count=True), where "
-                "layers under nn.scan need a count each; or give `momentum` a number."
+                "layers under nn.scan need a count each; or give numbers for schedules."
             )
+
+
+class BatchRenorm(BatchNorm):
+    """Batch renormalization: `BatchNorm` whose training output is corrected towards the running statistics.
+
+    out = activation((xhat * r + d) * scale + bias), r and d clipped as in `jbn.batch_renorm`
+
+    It stores the variables of `BatchNorm`, with a `count` where a bound or the momentum is a schedule.
+
+    Attributes:
+        r_max: bound of r, at least 1, or a schedule from the count of updates to it; 1 for the first 5,000 updates,
+            then up to 3 at 40,000.
+        d_max: bound of d, at least 0, or a schedule; 0 for the first 5,000 updates, then up to 5 at 25,000.
+        momentum: and all others are those of `BatchNorm`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import jbn
+        >>> norm = jbn.linen.BatchRenorm(use_running_average=False, r_max=jbn.renorm.r_max(begin=100, end=800))
+        >>> variables = norm.init(jax.random.key(0), jnp.ones((4, 3)))
+        >>> sorted(variables["batch_stats"])
+        ['count', 'mean', 'var']
+
+    Source:
+        Ioffe, Batch Renormalization, 2017; see `jbn.batch_renorm`.
+    """
+
+    r_max: float | Schedule = _batch_renorm.PUBLISHED_R_MAX
+    d_max: float | Schedule = _batch_renorm.PUBLISHED_D_MAX

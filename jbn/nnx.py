@@ -1,4 +1,4 @@
-"""Batch normalization as a Flax NNX module: Flax's attributes and variables, jbn's arithmetic."""
+"""Batch normalization as Flax NNX modules: Flax's attributes and variables, jbn's arithmetic."""
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -11,7 +11,7 @@ from flax.nnx.nn.dtypes import canonicalize_dtype
 from jax.nn import initializers
 from jax.typing import ArrayLike
 
-from jbn import _arguments, _flax
+from jbn import _arguments, _batch_renorm, _flax
 from jbn._collectives import AxisName, IndexGroups
 from jbn._state import Params, State
 from jbn.momentum import Schedule
@@ -97,7 +97,8 @@ class BatchNorm(nnx.Module):
         features = _arguments.checked_features(num_features, "num_features")
         self.mean = nnx.BatchStat(jnp.zeros(features, jnp.float32))
         self.var = nnx.BatchStat(jnp.ones(features, jnp.float32))
-        self.count = nnx.data(nnx.BatchStat(jnp.zeros((), jnp.int32)) if callable(momentum) else None)
+        self.momentum = momentum
+        self.count = nnx.data(nnx.BatchStat(jnp.zeros((), jnp.int32)) if _flax.reads_count(self) else None)
         # Scale first, as in Flax: each initializer draws the next key.
         scale = nnx.Param(scale_init(rngs.params(), features, param_dtype), **scale_metadata) if use_scale else None
         bias = nnx.Param(bias_init(rngs.params(), features, param_dtype), **bias_metadata) if use_bias else None
@@ -106,7 +107,6 @@ class BatchNorm(nnx.Module):
         self.num_features = num_features
         self.use_running_average = use_running_average
         self.axis = axis
-        self.momentum = momentum
         self.epsilon = epsilon
         self.dtype = dtype
         self.param_dtype = param_dtype
@@ -139,10 +139,10 @@ class BatchNorm(nnx.Module):
         averaged = self.use_running_average if use_running_average is None else use_running_average
         x, features = _flax.checked_call(self, x, averaged)
         self._check_features(x, features)
-        if callable(self.momentum) and self.count is None:
+        if _flax.reads_count(self) and self.count is None:
             raise ValueError(
-                "`momentum` is a schedule, but the module was made for a number and has no `count`: give the schedule "
-                "at construction."
+                "`momentum` or a bound is a schedule, but the module was made for numbers and has no `count`: give the "
+                "schedule at construction."
             )
         params = Params(*(None if param is None else param[...] for param in (self.scale, self.bias)))
         state = State(
@@ -170,3 +170,47 @@ class BatchNorm(nnx.Module):
                 f"`x` of shape {x.shape} has features {given} on `axis` {self.axis}, but `num_features` is "
                 f"{self.num_features}: give x {expected} there, or make the module with num_features={given}."
             )
+
+
+class BatchRenorm(BatchNorm):
+    """Batch renormalization: `BatchNorm` whose training output is corrected towards the running statistics.
+
+    out = activation((xhat * r + d) * scale + bias), r and d clipped as in `jbn.batch_renorm`
+
+    It stores the variables of `BatchNorm`, with a `count` where a bound or the momentum is a schedule.
+
+    Args:
+        num_features: the number of features, or their shape where several axes have statistics of their own.
+        r_max: bound of r, at least 1, or a schedule from the count of updates to it; 1 for the first 5,000 updates,
+            then up to 3 at 40,000.
+        d_max: bound of d, at least 0, or a schedule; 0 for the first 5,000 updates, then up to 5 at 25,000.
+        rngs: key of the initializers.
+        **options: those of `BatchNorm`, `momentum:` and all others.
+
+    Raises:
+        TypeError: an option of Flax that is not needed, or sizes that are no ints.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> import jbn
+        >>> norm = jbn.nnx.BatchRenorm(3, r_max=jbn.renorm.r_max(begin=100, end=800), rngs=nnx.Rngs(0))
+        >>> print(norm(jnp.ones((4, 3))).shape, norm.count[...])
+        (4, 3) 1
+
+    Source:
+        Ioffe, Batch Renormalization, 2017; see `jbn.batch_renorm`.
+    """
+
+    def __init__(
+        self,
+        num_features: int | Sequence[int],
+        *,
+        r_max: float | Schedule = _batch_renorm.PUBLISHED_R_MAX,
+        d_max: float | Schedule = _batch_renorm.PUBLISHED_D_MAX,
+        rngs: nnx.Rngs,
+        **options: Any,
+    ) -> None:
+        """Allocate the variables."""
+        self.r_max, self.d_max = r_max, d_max
+        super().__init__(num_features, rngs=rngs, **options)

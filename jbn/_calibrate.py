@@ -1,0 +1,198 @@
+"""Population statistics of a whole model, from one pass over data, without touching the model."""
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from jbn import _nodes
+from jbn._calibration_faults import check_known, check_ran_once, check_same_nodes, everywhere, named
+from jbn._nodes import Forest, Path, Statistics, shown
+
+Step = Callable[[Any, Any], Any]
+
+
+class Population(NamedTuple):
+    """Statistics of the batches so far, in float64: their weight, mean and biased variance."""
+
+    weight: float
+    mean: np.ndarray
+    var: np.ndarray
+
+
+def calibrate(
+    step: Step,
+    state: Any,
+    batches: Iterable[Any],
+    weights: Callable[[Any], Any] | None = None,
+    *,
+    select: Callable[[str], bool] | None = None,
+    progress: bool = False,
+) -> Any:
+    """The statistics of all data, for every norm of a model, in place of its moving averages.
+
+    mean = sum(w_i * mean_i) / sum(w_i),  var = sum(w_i * (var_i + (mean_i - mean)**2)) / sum(w_i), over batches i
+
+    Each batch runs on `unset(state)`, so that what comes back are its own moments; they are merged in float64 on the
+    host. Exact where every norm is jbn's, runs once a step, and sees values in proportion to the weight.
+
+    Args:
+        step: (state, batch) -> new state, the model's own forward pass in training mode, its parameters held fixed.
+            Compile it with `jax.jit`.
+        state: any tree whose nodes hold `mean` and `var`: of jbn's states, Linen's `batch_stats`, or an NNX module.
+        batches: what `step` takes, of any sizes, once; itertools.islice takes so many of an endless iterator.
+        weights: batch -> its weight, a number of at least 0, to be given where the count of valid values is not in
+            proportion to the examples, as with masks. None is the number of examples, the size of the leading axis of
+            all arrays in the batch. A batch of weight 0 is passed over.
+        select: path -> whether to calibrate the node there, a path being its keys joined by slashes. The others, such
+            as frozen norms, keep their statistics, and run on them. None is all nodes.
+        progress: show a bar, by tqdm, on standard error.
+
+    Returns:
+        The tree, with the population's `mean` and `var` in each node that was selected; all else, `count` included, is
+        as it was.
+
+    Raises:
+        ModuleNotFoundError: `progress` needs tqdm.
+        TypeError: `step`, `weights` or `select` is no function, or state is traced.
+        ValueError: no statistics or no batches, weights that are not numbers of at least 0, or a node that a batch
+            left unset or not finite, or that ran more than once: the error names it and the likely reason.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import jbn
+        >>> params, state = jbn.init(1)
+        >>> step = jax.jit(lambda state, x: jbn.batch_norm(params, state, x, True)[1])
+        >>> state = jbn.calibrate(step, state, [jnp.array([[0.0], [2.0]]), jnp.array([[4.0], [6.0]])])
+        >>> print(state.mean, state.var)
+        [3.] [5.]
+
+        Linen and NNX, each in one line:
+
+        >>> from flax import linen, nnx
+        >>> model = linen.Sequential([linen.Dense(2), jbn.linen.BatchNorm(use_running_average=False)])
+        >>> x = jnp.arange(6.0).reshape(3, 2)
+        >>> variables = model.init(jax.random.key(0), x)
+        >>> step = lambda v, x: {**v, **model.apply(v, x, mutable="batch_stats")[1]}
+        >>> variables = jbn.calibrate(jax.jit(step), variables, [x])
+        >>> model = nnx.Sequential(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), jbn.nnx.BatchNorm(2, rngs=nnx.Rngs(0)))
+        >>> model = jbn.calibrate(jax.jit(lambda model, x: (model(x), model)[1]), model, [x])
+
+    Source:
+        Ioffe and Szegedy, Batch Normalization, 2015, algorithm 2, lines 7 to 11; Wu and Johnson, Rethinking "Batch" in
+        BatchNorm, 2021, section 3; the merge is Chan, Golub and LeVeque's, 1979.
+    """
+    _check_functions(step=step, weights=weights, select=select)
+    forest = _nodes.find(state, "`state`")
+    chosen = _chosen(forest, select)
+    totals: dict[Path, Population] = {}
+    for number, batch in enumerate(_watched(batches, progress)):
+        weight = _weight(batch, number, weights)
+        if weight == 0:
+            continue
+        run = functools.partial(_run, step, forest, chosen, batch)
+        found = run(everywhere(chosen, mean=0, var=-np.inf))
+        check_known(run, found, number)
+        if not totals:
+            check_ran_once(run, found)
+        for path, fields in found.items():
+            totals[path] = _merged(totals.get(path), Population(weight, fields["mean"], fields["var"]))
+    if not totals:
+        raise ValueError("`batches` gave no batch of a weight above 0: expected at least one.")
+    return forest.replaced({path: _as_before(path, forest.at(path), total) for path, total in totals.items()})
+
+
+def _run(step: Step, forest: Forest, chosen: list[Path], batch: Any, start: Statistics) -> Statistics:
+    """The statistics of the chosen nodes, in NumPy, after a step from these."""
+    # All in new arrays, since the step may be compiled to take over the buffers of its state.
+    values = {
+        path: {field: _placed(start.get(path, fields)[field], leaf) for field, leaf in fields.items()}
+        for path, fields in ((path, forest.at(path)) for path in forest.nodes)
+    }
+    new = _nodes.find(step(forest.replaced(values), batch), "the result of `step`")
+    check_same_nodes(forest, chosen, new)
+    return dict(zip(chosen, jax.device_get([new.at(path) for path in chosen]), strict=True))
+
+
+def _placed(value: Any, leaf: Any) -> jax.Array:
+    """The value as a new array that is like the leaf and where it is."""
+    value = value if isinstance(value, jax.Array) else np.asarray(value).astype(jnp.result_type(leaf))
+    return jnp.zeros_like(leaf) + value
+
+
+def _merged(total: Population | None, batch: Population) -> Population:
+    """The union of all batches so far and one more."""
+    batch = Population(batch.weight, *(np.asarray(leaf, np.float64) for leaf in batch[1:]))
+    if total is None:
+        return batch
+    weight = total.weight + batch.weight
+    share = batch.weight / weight
+    distance = batch.mean - total.mean
+    var = (1 - share) * total.var + share * batch.var + share * (1 - share) * np.square(distance)
+    return Population(weight, total.mean + share * distance, var)
+
+
+def _as_before(path: Path, fields: Mapping[str, Any], total: Population) -> dict[str, Any]:
+    """The population's mean and variance in the dtype of the node, and where its arrays are."""
+    found = {}
+    for field, value in (("mean", total.mean), ("var", total.var)):
+        with np.errstate(over="ignore"):
+            rounded = value.astype(jnp.result_type(fields[field]))
+        if not np.isfinite(rounded).all():
+            raise ValueError(f"`{field}` of the population at {named(path)} is too large for {rounded.dtype}.")
+        found[field] = _placed(rounded, fields[field])
+    return found
+
+
+def _chosen(forest: Forest, select: Callable[[str], bool] | None) -> list[Path]:
+    """The paths of the nodes to calibrate."""
+    if any(isinstance(leaf, Tracer) for leaf in forest.leaves):
+        raise TypeError("`state` is traced, but calibrate merges on the host: call it outside of jit, and jit `step`.")
+    chosen = [path for path in forest.nodes if select is None or select(shown(path))]
+    if not chosen:
+        some = ", ".join(shown(path) for path in list(forest.nodes)[:5])
+        raise ValueError(f"`select` selects none of the {len(forest.nodes)} nodes with statistics: {some}, ...")
+    return chosen
+
+
+def _check_functions(**functions: Any) -> None:
+    for name, function in functions.items():
+        if not callable(function) and not (function is None and name != "step"):
+            signature = {"step": "(state, batch)", "weights": "batch", "select": "path"}[name]
+            raise TypeError(f"`{name}` is {function!r}: expected a function of {signature}.")
+
+
+def _weight(batch: Any, number: int, weights: Callable[[Any], Any] | None) -> float:
+    """What `weights` gives for the batch, or the number of its examples."""
+    if weights is None:
+        sizes = sorted({np.shape(leaf)[0] for leaf in jax.tree.leaves(batch) if np.ndim(leaf)})
+        if len(sizes) != 1:
+            raise ValueError(
+                f"`batches` gave one, number {number}, whose arrays have leading axes of sizes {sizes}: expected one "
+                "size, the number of examples. Give `weights`, a function from a batch to it."
+            )
+        return float(sizes[0])
+    given = weights(batch)
+    try:
+        weight = float(given)
+    except (TypeError, ValueError):
+        weight = math.nan
+    if not 0 <= weight < math.inf:
+        raise ValueError(f"`weights` gives {given!r} for batch {number}: expected a number of at least 0.")
+    return weight
+
+
+def _watched(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
+    """The batches, with a bar that counts them where it was asked for."""
+    if not progress:
+        return batches
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("`progress` shows a bar by tqdm, which is not installed: pip install tqdm") from None
+    return tqdm(batches, desc="calibrate", unit="batch")

@@ -1,0 +1,61 @@
+"""The nodes of a tree that hold statistics of a norm, found by the names of their leaves."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+FIELDS = ("mean", "var", "count")
+Path = tuple[Any, ...]
+Statistics = Mapping[Path, Mapping[str, Any]]
+"""Some of `mean`, `var` and `count` by the path of their node."""
+
+
+class Forest(NamedTuple):
+    """A tree taken apart: its leaves, their structure, and where in the leaves each node has its statistics."""
+
+    leaves: list[Any]
+    structure: Any
+    nodes: dict[Path, dict[str, int]]
+
+    def at(self, path: Path) -> dict[str, Any]:
+        """The statistics of a node, by their names."""
+        return {field: self.leaves[place] for field, place in self.nodes[path].items()}
+
+    def replaced(self, values: Statistics) -> Any:
+        """The tree with other statistics in some of its nodes."""
+        leaves = list(self.leaves)
+        for path, fields in values.items():
+            for field, value in fields.items():
+                leaves[self.nodes[path][field]] = value
+        return self.structure.unflatten(leaves)
+
+
+def find(tree: Any, name: str) -> Forest:
+    """Every node with a float `mean` and `var`, and its `count` where it has one: jbn's, Linen's, or NNX's.
+
+    Raises:
+        ValueError: the tree, called by `name` in the message, has none.
+    """
+    with_paths, structure = jax.tree_util.tree_flatten_with_path(tree)
+    found: dict[Path, dict[str, int]] = {}
+    for place, (path, leaf) in enumerate(with_paths):
+        # A variable of NNX is a node of its own, whose leaf is its value.
+        path = path[:-1] if path and _name(path[-1]) == "value" else path
+        field = _name(path[-1]) if path else ""
+        if field in FIELDS and (field == "count" or jnp.issubdtype(jnp.result_type(leaf), jnp.floating)):
+            found.setdefault(path[:-1], {})[field] = place
+    nodes = {path: fields for path, fields in found.items() if {"mean", "var"} <= fields.keys()}
+    if not nodes:
+        raise ValueError(f"{name} holds no statistics: expected a tree with nodes that have `mean` and `var`.")
+    return Forest([leaf for _, leaf in with_paths], structure, nodes)
+
+
+def shown(path: Path) -> str:
+    """The path of a node as text, its keys joined by slashes."""
+    return "/".join(map(_name, path))
+
+
+def _name(key: Any) -> str:
+    return jax.tree_util.keystr((key,), simple=True)
