@@ -14,7 +14,7 @@ from jbn._normalize import normalize
 from jbn._state import Params, State, init, unset, update
 
 if TYPE_CHECKING:
-    from jbn import checkpoint, linen, nnx
+    from jbn import checkpoint, diagnostics, linen, nnx, plot
 
 __version__ = "0.1.0.dev0"
 
@@ -28,6 +28,7 @@ __all__ = [
     "calibrate",
     "checkpoint",
     "convert",
+    "diagnostics",
     "fold",
     "init",
     "linen",
@@ -37,20 +38,21 @@ __all__ = [
     "momentum",
     "nnx",
     "normalize",
+    "plot",
     "renorm",
     "unset",
     "update",
 ]
 
-_NEED_FLAX = ("checkpoint", "linen", "nnx")
+_WHEN_TOUCHED = ("checkpoint", "diagnostics", "linen", "nnx", "plot")
 
 
 def __getattr__(name: str) -> Any:
-    """Modules that need Flax load when they are first touched."""
-    if name in _NEED_FLAX:
+    """Modules that need Flax, orbax or matplotlib, and those that few need, load when they are first touched."""
+    if name in _WHEN_TOUCHED:
         return importlib.import_module(f"jbn.{name}")
     raise AttributeError(f"module 'jbn' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_NEED_FLAX])
+    return sorted([*globals(), *_WHEN_TOUCHED])

@@ -1,5 +1,6 @@
 """The nodes of a tree that hold statistics of a norm, found by the names of their leaves."""
 
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 FIELDS = ("mean", "var", "count")
+OF_NORMS = (*FIELDS, "scale", "bias")
 Path = tuple[Any, ...]
 Statistics = Mapping[Path, Mapping[str, Any]]
 """Some of `mean`, `var` and `count` by the path of their node."""
@@ -59,3 +61,31 @@ def shown(path: Path) -> str:
 
 def _name(key: Any) -> str:
     return jax.tree_util.keystr((key,), simple=True)
+
+
+def incomplete(tree: Any, norm: re.Pattern[str]) -> dict[Path, list[str]]:
+    """The variables that are missing from nodes of norms, by path, told by what else there is.
+
+    A `mean` or a `var` without the other; a count that all other norms have; a scale or bias of a batch norm, whose
+    name `norm` matches, without statistics.
+    """
+    members: dict[Path, set[str]] = {}
+    for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        path = path[:-1] if path and _name(path[-1]) == "value" else path
+        members.setdefault(path[:-1], set()).add(_name(path[-1]) if path else "")
+    statistics = {path: names for path, names in members.items() if names & {"mean", "var"} and names <= set(OF_NORMS)}
+    counted = sum("count" in names for names in statistics.values()) > len(statistics) / 2
+    missing = {
+        path: [field for field in FIELDS if field not in names and (field != "count" or counted)]
+        for path, names in statistics.items()
+    }
+    tails = {path[1:] for path in statistics}
+    for path, names in members.items():
+        is_norm = (
+            bool(names & {"scale", "bias"})
+            and names <= {"scale", "bias"}
+            and norm.search(_name(path[-1]) if path else "")
+        )
+        if is_norm and path[1:] not in tails:
+            missing[path] = ["mean", "var"]
+    return {path: fields for path, fields in missing.items() if fields}

@@ -19,6 +19,10 @@ def test_a_script_that_calls_every_public_name(capsys):
     text = Path(user_script.__file__).read_text()
     names = {f"jbn.{name}" for name in jbn.__all__} | {f"jbn.momentum.{name}" for name in public(jbn.momentum)}
     names |= {f"jbn.convert.{name}" for name in jbn.convert.__all__}
+    names |= {f"jbn.diagnostics.{name}" for name in jbn.diagnostics.__all__}
+    names |= {
+        f"jbn.{module.__name__.split('.')[1]}.{name}" for module in (jbn.renorm, jbn.plot) for name in public(module)
+    }
     assert [name for name in sorted(names) if name not in text] == []
 
 
@@ -46,17 +50,26 @@ def test_core_imports_point_one_way():
         "_shift": set(),
         "_moments": {"_arguments", "_collectives", "_shift"},
         "_standardize": {"_collectives", "_moments"},
-        "_state": {"_arguments", "_moments", "momentum"},
-        "_batch_norm": {"_arguments", "_collectives", "_moments", "_standardize", "_state", "momentum"},
+        "_state": {"_arguments", "_moments", "_nodes", "momentum"},
+        "_nodes": set(),
+        "renorm": {"_arguments", "momentum"},
+        "_normalize": {"_arguments", "_moments", "_standardize", "_state"},
+        "_forward": {"_arguments", "_collectives", "_moments", "_normalize", "_standardize", "_state", "renorm"},
+        "_batch_norm": {"_collectives", "_forward", "_standardize", "_state", "momentum"},
+        "_batch_renorm": {"_collectives", "_forward", "_standardize", "_state", "momentum", "renorm"},
+        "_calibrate": {"_calibration_faults", "_nodes"},
+        "_calibration_faults": {"_nodes"},
         "_merge_states": {"_arguments", "_moments", "_state"},
         "_fold": {"_arguments", "_moments", "_state"},
-        "_flax": {"_arguments", "_batch_norm", "_state"},
-        "linen": {"_collectives", "_flax", "_state", "momentum"},
-        "nnx": {"_arguments", "_collectives", "_flax", "_state", "momentum"},
+        "_flax": {"_arguments", "_batch_norm", "_batch_renorm", "_state"},
+        "linen": {"_batch_renorm", "_collectives", "_flax", "_state", "momentum"},
+        "nnx": {"_arguments", "_batch_renorm", "_collectives", "_flax", "_state", "momentum"},
         "checkpoint": set(),
     }
     for module, below in allowed.items():
         assert imported_by(package / f"{module}.py") <= below, module
+    for path in (package / "diagnostics").glob("_*.py"):
+        assert imported_by(path) <= {"_arguments", "_nodes", "diagnostics", "momentum"}, path
     for path in (package / "convert").glob("_*.py"):
         assert imported_by(path) <= {"_arguments", "_moments", "_state", "convert"}, path
 
@@ -84,16 +97,20 @@ def test_every_public_name_is_documented():
     functions = [getattr(jbn.momentum, name) for name in public(jbn.momentum)]
     functions += [getattr(jbn.convert, name) for name in jbn.convert.__all__]
     functions += [jbn.checkpoint.restore]
+    functions += [getattr(module, name) for module in (jbn.renorm, jbn.plot) for name in public(module)]
+    functions += [
+        value for name in jbn.diagnostics.__all__ if not isinstance(value := getattr(jbn.diagnostics, name), type)
+    ]
     for function in functions:
         for heading in ("Returns:", "Raises:", "Example:", "Source:"):
             assert heading in function.__doc__, (function, heading)
-    for module in (jbn.linen.BatchNorm, jbn.nnx.BatchNorm):
+    for module in (jbn.linen.BatchNorm, jbn.linen.BatchRenorm, jbn.nnx.BatchNorm, jbn.nnx.BatchRenorm):
         for heading in ("momentum:", "Example:", "Source:"):
             assert heading in module.__doc__
 
 
-def test_modules_that_need_flax_are_found():
-    assert {"checkpoint", "linen", "nnx"} <= set(dir(jbn))
+def test_modules_that_load_when_touched_are_found():
+    assert {"checkpoint", "diagnostics", "linen", "nnx", "plot"} <= set(dir(jbn))
     absent = "haiku"
     with pytest.raises(AttributeError, match="no attribute 'haiku'"):
         getattr(jbn, absent)

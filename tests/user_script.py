@@ -6,10 +6,13 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import matplotlib
 import optax
 from flax import nnx, serialization
 
 import jbn
+
+matplotlib.use("agg")
 
 
 def train_step(params: jbn.Params, state: jbn.State, x: jax.Array) -> tuple[jbn.Params, jbn.State]:
@@ -53,6 +56,27 @@ def convert_and_serve(params: jbn.Params, state: jbn.State) -> list[jbn.State]:
     return [*states, jbn.checkpoint.restore(path, state)]
 
 
+def see_and_repair(params: jbn.Params, state: jbn.State, x: jax.Array) -> jbn.State:
+    r_max, d_max = jbn.renorm.r_max(2.0, begin=10, end=20), jbn.renorm.d_max(begin=10, end=20)
+    _, state = jbn.batch_renorm(params, state, x, True, r_max=r_max, d_max=d_max)
+    population = jbn.calibrate(lambda s, x: jbn.batch_norm(params, s, x, True)[1], state, [x], weights=len)
+    weights: jbn.diagnostics.AverageWeights = jbn.diagnostics.average_weights(0.9, 10)
+    best = jbn.diagnostics.best_momentum(100, 32, distance=2.0)
+    print(weights.start, jbn.diagnostics.initial_weight(best, 100), jbn.diagnostics.half_life(best))
+    print(jbn.diagnostics.effective_batches(best), jbn.diagnostics.expected_error(best, 100, 32))
+    spread: jbn.diagnostics.VarianceError = jbn.diagnostics.expected_variance(best, 100, 32, running_var="total")
+    table: jbn.diagnostics.Table = jbn.diagnostics.compare(state, population)
+    print(spread.bias, table, table.text(rows=1), jbn.diagnostics.health(state, population, far=0.1))
+    axes = [
+        jbn.plot.moving_average([1, 2], [0.0, 1.0], [0.0, 0.5], population=1.0),
+        jbn.plot.initial_weight(100, {"0.9": 0.9}),
+        jbn.plot.error_against_momentum(100, 32, distances=[1.0]),
+        jbn.plot.running_against_population(state, population),
+    ]
+    print(axes, jbn.linen.BatchRenorm(), jbn.nnx.BatchRenorm(3, rngs=nnx.Rngs(0)))
+    return population
+
+
 def main() -> None:
     params, state = jbn.init(3)
     x = jax.random.normal(jax.random.key(0), (8, 3))
@@ -76,6 +100,7 @@ def main() -> None:
     variables = linen.init(jax.random.key(0), x)
     _, updated = linen.apply(variables, x, mutable=["batch_stats"])
     print(updated["batch_stats"]["count"], jbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0))(x, mask=x[:, 0] > 0).shape)
+    state = see_and_repair(params, state, x)
     print(convert_and_serve(params, state))
     print(infer(x, dtype=jnp.bfloat16).shape, float(state.mean[0]), jbn.Params(None, params.bias), jbn.__version__)
 

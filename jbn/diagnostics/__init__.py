@@ -1,0 +1,30 @@
+"""What the moving average does, in numbers: its laws, and the health of a tree of statistics."""
+
+from jbn.diagnostics._compare import compare
+from jbn.diagnostics._health import health
+from jbn.diagnostics._laws import (
+    AverageWeights,
+    average_weights,
+    best_momentum,
+    effective_batches,
+    expected_error,
+    half_life,
+    initial_weight,
+)
+from jbn.diagnostics._table import Table
+from jbn.diagnostics._variance import VarianceError, expected_variance
+
+__all__ = [
+    "AverageWeights",
+    "Table",
+    "VarianceError",
+    "average_weights",
+    "best_momentum",
+    "compare",
+    "effective_batches",
+    "expected_error",
+    "expected_variance",
+    "half_life",
+    "health",
+    "initial_weight",
+]

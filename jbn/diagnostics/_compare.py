@@ -1,0 +1,100 @@
+"""How far running statistics are from the population's, in what the difference does to inference."""
+
+from typing import Any
+
+import numpy as np
+
+from jbn import _nodes
+from jbn._arguments import checked_epsilon
+from jbn._nodes import Path, shown
+from jbn.diagnostics._table import Table
+
+COLUMNS = ("norm", "channel", "error", "shift", "ratio", "mean", "population mean", "var", "population var")
+
+
+def compare(state: Any, population: Any, *, epsilon: float = 1e-5) -> Table:
+    """Per channel, what running statistics in place of the population's do to the normalized output.
+
+    output = ratio * right output + shift,  ratio = sqrt((population var + epsilon) / (var + epsilon)),
+    shift = (population mean - mean) / sqrt(var + epsilon),  error = sqrt(shift**2 + (ratio - 1)**2)
+
+    The right output has mean 0 and standard deviation 1, so that all three are in units of that, and the error is the
+    root mean square one.
+
+    Args:
+        state: a tree of running statistics, of any kind that `jbn.calibrate` takes.
+        population: a tree with the same nodes, as `jbn.calibrate` gives.
+        epsilon: that of the norms.
+
+    Returns:
+        Table with a row a channel, the worst first: the path of the norm, the channel (its indices where there are
+        several axes), error, shift, ratio, and the four statistics. Statistics that are unset or not finite have the
+        error inf.
+
+    Raises:
+        TypeError: epsilon is no number.
+        ValueError: a tree holds no statistics, or they have other nodes or shapes.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jbn
+        >>> state = jbn.State(jnp.array([0.0, 1.0]), jnp.array([1.0, 4.0]), jnp.int32(10))
+        >>> population = jbn.State(jnp.array([3.0, 1.0]), jnp.array([1.0, 4.0]), jnp.int32(10))
+        >>> for row in jbn.diagnostics.compare(state, population).rows:
+        ...     print(row[1], f"error {row[2]:.3f} shift {row[3]:.3f} ratio {row[4]:.3f}")
+        0 error 3.000 shift 3.000 ratio 1.000
+        1 error 0.000 shift 0.000 ratio 1.000
+
+    Source:
+        ratio and shift are r and d of Ioffe, Batch Renormalization, 2017, with the population for the batch.
+    """
+    added = checked_epsilon(epsilon)
+    rows = [row for path, pair in pairs(state, population).items() for row in _rows(path, *pair, added)]
+    rows.sort(key=lambda row: -row[2])
+    return Table(COLUMNS, rows)
+
+
+Pair = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
+
+
+def pairs(state: Any, population: Any) -> dict[Path, Pair]:
+    """Running and population statistics of each node, in float64."""
+    trees = {"`state`": _nodes.find(state, "`state`"), "`population`": _nodes.find(population, "`population`")}
+    running, right = trees.values()
+    alone = {shown(path) for path in running.nodes} ^ {shown(path) for path in right.nodes}
+    if alone:
+        raise ValueError(f"`state` and `population` hold other norms: only one of them has {', '.join(sorted(alone))}.")
+    by_name = {shown(path): path for path in right.nodes}
+    found: dict[Path, Pair] = {}
+    for path in running.nodes:
+        pair = tuple(
+            {field: np.asarray(value, np.float64) for field, value in tree.at(at).items() if field != "count"}
+            for tree, at in ((running, path), (right, by_name[shown(path)]))
+        )
+        shapes = [value.shape for fields in pair for value in fields.values()]
+        if len(set(shapes)) > 1:
+            raise ValueError(
+                f"`state` and `population` have statistics of shapes {shapes} at {shown(path) or 'the root'}: expected "
+                "one shape."
+            )
+        found[path] = (pair[0], pair[1])
+    return found
+
+
+def distances(running: dict[str, np.ndarray], right: dict[str, np.ndarray], epsilon: float) -> tuple[np.ndarray, ...]:
+    """Error, shift and ratio of each channel."""
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        shift = (right["mean"] - running["mean"]) / np.sqrt(running["var"] + epsilon)
+        ratio = np.sqrt((right["var"] + epsilon) / (running["var"] + epsilon))
+        error = np.hypot(shift, ratio - 1)
+    usable = np.isfinite(running["var"]) & np.isfinite(right["var"]) & np.isfinite(error)
+    return np.where(usable, error, np.inf), shift, ratio
+
+
+def _rows(path: Path, running: dict[str, np.ndarray], right: dict[str, np.ndarray], epsilon: float) -> list[tuple]:
+    columns = (*distances(running, right, epsilon), running["mean"], right["mean"], running["var"], right["var"])
+    places = np.ndindex(running["mean"].shape)
+    values = zip(*(column.ravel().tolist() for column in columns), strict=True)
+    return [
+        (shown(path), place[0] if len(place) == 1 else place, *row) for place, row in zip(places, values, strict=True)
+    ]

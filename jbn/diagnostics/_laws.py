@@ -1,0 +1,276 @@
+"""The laws of the moving average: what it is made of, and how far its mean is from the population's."""
+
+import math
+import operator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jbn import momentum as schedules
+from jbn._arguments import checked_momentum
+from jbn.momentum import Schedule
+
+GRID = 600
+SMALLEST_RATE = 1e-12
+
+
+class AverageWeights(NamedTuple):
+    """What a moving average is made of: start * (0 or 1) + sum(batches * statistics of each batch).
+
+    Attributes:
+        start: the weight of the initial value.
+        batches: float64 array, the weight of each batch, in the order of the updates; with the start they sum to 1.
+
+    Example:
+        >>> import jbn
+        >>> weights = jbn.diagnostics.average_weights(0.5, 3)
+        >>> print(weights.start, weights.batches)
+        0.125 [0.125 0.25  0.5  ]
+    """
+
+    start: float
+    batches: np.ndarray
+
+
+def average_weights(momentum: float | Schedule, steps: int) -> AverageWeights:
+    """The weights that so many updates give to the start and to each batch.
+
+    start = prod(m_t),  batches[t] = (1 - m_t) * m_(t+1) * ... * m_(steps-1), where m_t is the momentum of update t.
+
+    Args:
+        momentum: share of the old value kept at an update, or a schedule from the count of updates to it.
+        steps: the updates made, an int of at least 0.
+
+    Returns:
+        AverageWeights, in float64.
+
+    Raises:
+        TypeError: momentum is neither a number nor a function, or steps is no int.
+        ValueError: momentum is outside [0, 1], or steps is negative.
+
+    Example:
+        >>> import jbn
+        >>> print(jbn.diagnostics.average_weights(jbn.momentum.cumulative(), 4).batches.round(3))
+        [0.25 0.25 0.25 0.25]
+
+    Source:
+        The update, new = m * old + (1 - m) * batch, written out; Roberts, Control Chart Tests Based on Geometric
+        Moving Averages, 1959.
+    """
+    kept = momenta(momentum, steps)
+    later = np.concatenate([np.cumprod(kept[::-1])[::-1], [1.0]])
+    return AverageWeights(float(later[0]), (1 - kept) * later[1:])
+
+
+def initial_weight(momentum: float | Schedule, steps: int) -> float:
+    """How much of the initial mean 0 and variance 1 is left in the running statistics.
+
+    prod(m_t), which is momentum ** steps for a number.
+
+    Args:
+        momentum: share of the old value kept at an update, or a schedule from the count of updates to it.
+        steps: the updates made, an int of at least 0.
+
+    Returns:
+        The weight, in [0, 1].
+
+    Raises:
+        TypeError: momentum is neither a number nor a function, or steps is no int.
+        ValueError: momentum is outside [0, 1], or steps is negative.
+
+    Example:
+        >>> import jbn
+        >>> print(f"{jbn.diagnostics.initial_weight(0.99, 200):.3f}")
+        0.134
+
+    Source:
+        The update, new = m * old + (1 - m) * batch, written out.
+    """
+    if callable(momentum):
+        return average_weights(momentum, steps).start
+    return checked_momentum("momentum", momentum) ** checked_count("steps", steps)
+
+
+def half_life(momentum: float) -> float:
+    """The updates after which half of what was there is left.
+
+    log(1/2) / log(momentum)
+
+    Args:
+        momentum: share of the old value kept at an update, in [0, 1].
+
+    Returns:
+        Updates, not rounded; inf for a momentum of 1.
+
+    Raises:
+        TypeError: momentum is no number.
+        ValueError: it is outside [0, 1].
+
+    Example:
+        >>> import jbn
+        >>> print(f"{jbn.diagnostics.half_life(0.99):.1f}")
+        69.0
+
+    Source:
+        momentum ** half_life = 1/2.
+    """
+    kept = checked_momentum("momentum", momentum)
+    if kept in (0.0, 1.0):
+        return math.inf if kept else 0.0
+    return math.log(0.5) / math.log(kept)
+
+
+def effective_batches(momentum: float | Schedule, steps: int | None = None) -> float:
+    """How many batches, weighing the same, would give an average as noisy as this one.
+
+    sum(w)**2 / sum(w**2), w the weights of the batches; for a number (1 + m)/(1 - m) * (1 - m**steps)/(1 + m**steps),
+    which tends to (1 + m)/(1 - m).
+
+    Args:
+        momentum: share of the old value kept at an update, or a schedule from the count of updates to it.
+        steps: the updates made, an int of at least 0; None is after very many, for a number.
+
+    Returns:
+        Batches, not rounded; 0 where no batch has a weight. What is left of the start is not counted.
+
+    Raises:
+        TypeError: momentum is neither a number nor a function, steps is no int, or None with a schedule.
+        ValueError: momentum is outside [0, 1], or steps is negative.
+
+    Example:
+        >>> import jbn
+        >>> print(f"{jbn.diagnostics.effective_batches(0.99):.0f}", jbn.diagnostics.effective_batches(0.0, 10))
+        199 1.0
+
+    Source:
+        Kish, Survey Sampling, 1965, for the effective size of a weighted sample.
+    """
+    if steps is None:
+        if callable(momentum):
+            raise TypeError("`steps` is None, but `momentum` is a schedule: give the updates to count to, an int.")
+        kept = checked_momentum("momentum", momentum)
+        return (1 + kept) / (1 - kept) if kept < 1 else 0.0
+    squares = power_sum(momentum, steps, 2)
+    return power_sum(momentum, steps, 1) ** 2 / squares if squares else 0.0
+
+
+def expected_error(momentum: float | Schedule, steps: int, batch_size: int, distance: float = 1.0) -> float:
+    """The expected squared error of a running mean, in units of the population's variance.
+
+    start**2 * distance**2 + sum(w**2) / batch_size, which for a number is
+    m**(2*steps) * distance**2 + (1 - m)/(1 + m) * (1 - m**(2*steps)) / batch_size
+
+    The first term is bias, the second noise: momentum pulls between them. It holds for independent values of one
+    population, so that it leaves out what a network's learning does to older batches.
+
+    Args:
+        momentum: share of the old value kept at an update, or a schedule from the count of updates to it.
+        steps: the updates made, an int of at least 0.
+        batch_size: independent values behind a batch's mean, an int of at least 1.
+        distance: of the start from the population's mean, in standard deviations.
+
+    Returns:
+        The mean of (running mean - mean)**2 / variance.
+
+    Raises:
+        TypeError: momentum is neither a number nor a function, or steps or batch_size is no int.
+        ValueError: one of them is out of range.
+
+    Example:
+        >>> import jbn
+        >>> print([round(jbn.diagnostics.expected_error(m, 200, 32), 4) for m in (0.9, 0.99, 0.999)])
+        [0.0016, 0.0181, 0.6702]
+
+    Source:
+        Lucas and Saccucci, Exponentially Weighted Moving Average Control Schemes, 1990, for the variance of the
+        average; the bias is the weight of the start.
+    """
+    size, start = checked_count("batch_size", batch_size, 1), checked_size("distance", distance)
+    return initial_weight(momentum, steps) ** 2 * start**2 + power_sum(momentum, steps, 2) / size
+
+
+def best_momentum(steps: int, batch_size: int, distance: float = 1.0) -> float:
+    """The momentum, a number, whose running mean is expected to be nearest to the population's.
+
+    argmin over m of expected_error(m, steps, batch_size, distance)
+
+    Args:
+        steps: the updates made, an int of at least 1.
+        batch_size: independent values behind a batch's mean, an int of at least 1.
+        distance: of the start from the population's mean, in standard deviations.
+
+    Returns:
+        A momentum in [0, 1]; 1 where the start is already right.
+
+    Raises:
+        TypeError: steps or batch_size is no int.
+        ValueError: one of them is out of range.
+
+    Example:
+        >>> import jbn
+        >>> print(f"{jbn.diagnostics.best_momentum(1000, 32):.4f}")
+        0.9941
+
+    Source:
+        `expected_error`, minimized over a grid of 1 - m, and around its best point by Brent's method.
+    """
+    from scipy.optimize import minimize_scalar
+
+    steps, size = checked_count("steps", steps, 1), checked_count("batch_size", batch_size, 1)
+    if checked_size("distance", distance) == 0:
+        return 1.0
+
+    def error(log_rate: float) -> float:
+        return expected_error(1 - math.exp(log_rate), steps, size, distance)
+
+    grid = np.linspace(math.log(SMALLEST_RATE), 0.0, GRID)
+    best = min(range(GRID), key=lambda place: error(grid[place]))
+    around = grid[max(best - 1, 0)], grid[min(best + 1, GRID - 1)]
+    found = minimize_scalar(error, bounds=around, method="bounded", options={"xatol": 1e-9}).x
+    return 1 - math.exp(min((found, grid[best]), key=error))
+
+
+def momenta(momentum: Any, steps: int) -> np.ndarray:
+    """The momentum of each update, in float64; those of a schedule as training rounds them."""
+    steps = checked_count("steps", steps)
+    if not callable(momentum):
+        return np.full(steps, checked_momentum("momentum", momentum))
+    at = jax.vmap(lambda count: schedules.at(momentum, count, jnp.float32))
+    return np.asarray(at(jnp.arange(steps, dtype=jnp.int32)), np.float64)
+
+
+def power_sum(momentum: Any, steps: int, power: int) -> float:
+    """sum(w ** power) over the weights of the batches: (1 - m)**power * (1 - m**(power*steps)) / (1 - m**power)."""
+    if callable(momentum):
+        return float(np.sum(average_weights(momentum, steps).batches ** power))
+    kept, steps = checked_momentum("momentum", momentum), checked_count("steps", steps)
+    if steps == 0 or kept == 1:
+        return 0.0
+    if kept == 0:
+        return 1.0
+    log = math.log(kept)
+    return (1 - kept) ** power * math.expm1(power * steps * log) / math.expm1(power * log)
+
+
+def checked_count(name: str, value: Any, least: int = 0) -> int:
+    """An int of at least so many."""
+    try:
+        count = operator.index(value)
+    except TypeError:
+        raise TypeError(f"`{name}` is {value!r}: expected an int of at least {least}.") from None
+    if count < least:
+        raise ValueError(f"`{name}` is {count}: expected an int of at least {least}.")
+    return count
+
+
+def checked_size(name: str, value: Any) -> float:
+    """A finite number of at least 0."""
+    try:
+        size = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"`{name}` is {value!r}: expected a number of at least 0.") from None
+    if not 0 <= size < math.inf:
+        raise ValueError(f"`{name}` is {size}: expected a finite number of at least 0.")
+    return size

@@ -1,0 +1,203 @@
+"""Pictures of the moving average and of what it does to inference, by matplotlib."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jbn import diagnostics
+from jbn._nodes import shown
+from jbn.diagnostics._compare import distances as channel_distances
+from jbn.diagnostics._compare import pairs
+from jbn.diagnostics._laws import checked_count
+from jbn.diagnostics._laws import momenta as kept_at_each
+from jbn.momentum import Schedule
+
+try:
+    from matplotlib import pyplot
+    from matplotlib.axes import Axes
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(f"jbn.plot needs {error.name}, which is not installed: pip install 'jbn[plot]'") from None
+
+FEW = 12
+MOMENTA = {"0.9": 0.9, "0.99": 0.99, "0.999": 0.999}
+POINTS = 200
+
+
+def moving_average(
+    steps: Any, batches: Any, running: Any, population: float | None = None, *, statistic: str = "mean", ax: Any = None
+) -> Axes:
+    """A moving average over the steps of a run, beside the batches that it averages and what it should come to.
+
+    running[t] = momentum * running[t - 1] + (1 - momentum) * batches[t]
+
+    Args:
+        steps: (n,) array, the steps.
+        batches: (n,) array, the batch's statistic at each.
+        running: (n,) array, the running statistic after each.
+        population: the population's statistic, or None.
+        statistic: what it is, for the label of the axis.
+        ax: matplotlib axes to draw into; None makes a figure.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+
+    Example:
+        >>> import matplotlib; matplotlib.use("agg")
+        >>> import jbn
+        >>> ax = jbn.plot.moving_average([1, 2, 3], [2.0, 3.0, 2.5], [0.2, 0.5, 0.7], 2.5)
+        >>> ax.get_xlabel()
+        'step'
+
+    Source:
+        Ioffe and Szegedy, Batch Normalization, 2015, section 3.1.
+    """
+    ax = _axes(ax)
+    ax.plot(steps, batches, ".", color="0.6", label="batches")
+    ax.plot(steps, running, "o-" if len(steps) <= FEW else "-", color="C3", label="running")
+    if population is not None:
+        ax.axhline(population, color="C2", linestyle="--", label="population")
+    ax.set(xlabel="step", ylabel=statistic, title=f"moving average of the {statistic}")
+    ax.legend()
+    return ax
+
+
+def initial_weight(steps: int, momenta: Mapping[str, float | Schedule] = MOMENTA, *, ax: Any = None) -> Axes:
+    """What is left of the initial mean 0 and variance 1 over the steps, for several momenta.
+
+    prod(m_t), which is momentum ** t for a number
+
+    Args:
+        steps: the last step to show, an int of at least 1.
+        momenta: numbers or schedules by the names to show.
+        ax: matplotlib axes to draw into; None makes a figure.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+        TypeError: steps is no int.
+        ValueError: steps or a momentum is out of range.
+
+    Example:
+        >>> import matplotlib; matplotlib.use("agg")
+        >>> import jbn
+        >>> ax = jbn.plot.initial_weight(300, {"0.99": 0.99, "warmup": jbn.momentum.warmup(0.99)})
+        >>> [line.get_label() for line in ax.lines]
+        ['0.99', 'warmup']
+
+    Source:
+        `jbn.diagnostics.initial_weight`.
+    """
+    ax = _axes(ax)
+    updates = np.arange(checked_count("steps", steps, 1) + 1)
+    for name, momentum in momenta.items():
+        ax.plot(updates, np.concatenate([[1.0], np.cumprod(kept_at_each(momentum, steps))]), label=name)
+    ax.set(
+        xlabel="updates", ylabel="weight of the start", ylim=(-0.02, 1.02), title="what is left of mean 0, variance 1"
+    )
+    ax.legend(title="momentum")
+    return ax
+
+
+def error_against_momentum(
+    steps: int, batch_size: int, *, distances: Sequence[float] = (0.1, 1.0, 10.0), ax: Any = None
+) -> Axes:
+    """The expected error of the running mean against the momentum, its optimum marked, for several starts.
+
+    sqrt(expected_error), in standard deviations of the population
+
+    Args:
+        steps: the updates made, an int of at least 1.
+        batch_size: independent values behind a batch's mean, an int of at least 1.
+        distances: of the start from the population's mean, in standard deviations.
+        ax: matplotlib axes to draw into; None makes a figure.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+        TypeError: steps or batch_size is no int.
+        ValueError: one of them is out of range.
+
+    Example:
+        >>> import matplotlib; matplotlib.use("agg")
+        >>> import jbn
+        >>> jbn.plot.error_against_momentum(1000, 32).get_xscale()
+        'log'
+
+    Source:
+        `jbn.diagnostics.expected_error` and `best_momentum`.
+    """
+    ax = _axes(ax)
+    rates = np.geomspace(1, 1e-4 / steps, POINTS)
+    for place, distance in enumerate(distances):
+        errors = [diagnostics.expected_error(1 - rate, steps, batch_size, distance) ** 0.5 for rate in rates]
+        ax.plot(rates, errors, color=f"C{place}", label=f"start {distance:g} sd away")
+        best = diagnostics.best_momentum(steps, batch_size, distance)
+        lowest = diagnostics.expected_error(best, steps, batch_size, distance) ** 0.5
+        if best < 1:
+            ax.plot(1 - best, lowest, "o", color=f"C{place}")
+            ax.annotate(f"{best:.4g}", (1 - best, lowest), textcoords="offset points", xytext=(0, -14), ha="center")
+    ax.set(xscale="log", yscale="log", xlabel="1 - momentum", ylabel="error of the running mean (sd)")
+    ax.set_title(f"error after {steps} steps of {batch_size}")
+    ax.invert_xaxis()
+    ax.margins(y=0.15)
+    ax.legend()
+    return ax
+
+
+def running_against_population(state: Any, population: Any, *, epsilon: float = 1e-5, ax: Any = None) -> Axes:
+    """The error of each channel at inference, layer by layer, a dot a channel and a bar at the median.
+
+    error = sqrt(shift**2 + (ratio - 1)**2), as in `jbn.diagnostics.compare`
+
+    Args:
+        state: a tree of running statistics, of any kind that `jbn.calibrate` takes.
+        population: a tree with the same nodes, as `jbn.calibrate` gives.
+        epsilon: that of the norms.
+        ax: matplotlib axes to draw into; None makes a figure.
+
+    Returns:
+        The axes. Channels whose statistics are unset or not finite have no place on it: the layer's name counts them.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+        ValueError: a tree holds no statistics, or they have other nodes or shapes.
+
+    Example:
+        >>> import matplotlib; matplotlib.use("agg")
+        >>> import jbn
+        >>> state, population = {"stem": jbn.init(8)[1]}, {"stem": jbn.init(8)[1]}
+        >>> ax = jbn.plot.running_against_population(state, population)
+        >>> ax.get_ylabel()
+        'error of the normalized output (sd)'
+
+    Source:
+        `jbn.diagnostics.compare`.
+    """
+    ax = _axes(ax)
+    labels = []
+    for place, (path, pair) in enumerate(pairs(state, population).items()):
+        error = channel_distances(*pair, epsilon)[0].ravel()
+        usable = error[np.isfinite(error)]
+        across = place + np.linspace(-0.3, 0.3, len(usable)) if len(usable) > 1 else [place] * len(usable)
+        ax.plot(across, usable, ".", color="C3", alpha=0.5)
+        if len(usable):
+            ax.hlines(np.median(usable), place - 0.4, place + 0.4, color="0.2")
+        lost = len(error) - len(usable)
+        labels.append((shown(path) or "norm") + (f" ({lost} unset or not finite)" if lost else ""))
+    ax.set_xticks(range(len(labels)), labels, rotation=30, ha="right")
+    ax.set(ylabel="error of the normalized output (sd)", title="running against population statistics", yscale="symlog")
+    ax.set_ylim(bottom=0)
+    return ax
+
+
+def _axes(ax: Any) -> Axes:
+    """The given axes, or those of a new figure."""
+    return pyplot.subplots(layout="constrained")[1] if ax is None else ax
