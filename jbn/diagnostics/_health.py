@@ -42,8 +42,8 @@ def health(
 
     Returns:
         Table with a row a norm: its path, channels, updates (None without a count), the four numbers of channels (far
-            is None without a population), why it is stale, if so (never updated, updated less often than others, or
-            still the start), and the variables that are missing, if any.
+        is None without a population), why it is stale, if so (never updated, updated less often than others, or
+        still the start), and the variables that are missing, if any.
 
     Raises:
         TypeError: an option is no number.
