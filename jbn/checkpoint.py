@@ -1,4 +1,4 @@
-"""Trees from checkpoints of orbax and flax.serialization, checked against what is expected before they are used."""
+"""Trees from checkpoints of orbax and flax.serialization, checked against what is expected, or as they are stored."""
 
 import os
 from collections.abc import Callable
@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 from flax import serialization
 
 NUMBERS = bool | int | float | complex
+ORBAX_MARK = "_METADATA"
 Leaves = dict[tuple[str, ...], Any]
 
 
@@ -67,13 +68,104 @@ def restore(path: str | Path, target: Any) -> Any:
     return jax.tree.structure(target).unflatten([loaded[where] for where in expected])
 
 
+def read(path: str | Path) -> Any:
+    """The tree of a checkpoint as it is stored, without a target: nested dicts of NumPy arrays.
+
+    Args:
+        path: a directory that orbax wrote, or a file with the bytes of `flax.serialization.to_bytes`.
+
+    Returns:
+        The tree.
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`.
+        ValueError: the checkpoint is cut off or no checkpoint.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> from flax import serialization
+        >>> import jbn
+        >>> file = pathlib.Path(tempfile.mkdtemp()) / "norm.msgpack"
+        >>> written = file.write_bytes(serialization.to_bytes(jbn.init(2)[1]))
+        >>> print(jbn.checkpoint.read(file)["var"])
+        [1. 1.]
+
+    Source:
+        orbax and Flax, whose formats these are.
+    """
+    path = Path(path).absolute()
+    if not path.exists():
+        raise FileNotFoundError(f"`path` is {path}, where there is nothing.")
+    return _whole(
+        path, lambda: _read_orbax(path) if path.is_dir() else serialization.msgpack_restore(path.read_bytes())
+    )
+
+
+def latest(path: str | Path) -> Path:
+    """The checkpoint in a folder: itself, or the last step, and the item, of orbax's CheckpointManager.
+
+    Args:
+        path: a checkpoint, or a folder that holds one in a folder `checkpoints`, in its highest number, or as its only
+            item.
+
+    Returns:
+        Its path.
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`.
+        ValueError: the folder holds no checkpoint, or several items.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> import orbax.checkpoint as ocp
+        >>> import jbn
+        >>> folder = pathlib.Path(tempfile.mkdtemp())
+        >>> with ocp.StandardCheckpointer() as checkpointer:
+        ...     for step in (9, 10):
+        ...         checkpointer.save(folder / str(step) / "default", jbn.init(2))
+        >>> print(jbn.checkpoint.latest(folder).relative_to(folder))
+        10/default
+
+    Source:
+        orbax, whose layout this is.
+    """
+    path = Path(path).absolute()
+    if not path.exists():
+        raise FileNotFoundError(f"`path` is {path}, where there is nothing.")
+    if path.is_file() or (path / ORBAX_MARK).exists():
+        return path
+    if (path / "checkpoints").is_dir():
+        return latest(path / "checkpoints")
+    steps = [folder for folder in path.iterdir() if folder.is_dir() and folder.name.isdigit()]
+    if steps:
+        return latest(max(steps, key=lambda folder: int(folder.name)))
+    items = [folder for folder in path.iterdir() if (folder / ORBAX_MARK).exists()]
+    if len(items) != 1:
+        found = ", ".join(sorted(item.name for item in items)) or "none"
+        raise ValueError(f"`path` is {path}, a folder with {len(items)} checkpoints of orbax ({found}): name one.")
+    return items[0]
+
+
+def _read_orbax(path: Path) -> Any:
+    """The tree with NumPy arrays in the shapes that it says that it has."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        metadata = _metadata(checkpointer, path)
+        numpy = jax.tree.map(lambda leaf: leaf if isinstance(leaf, NUMBERS) else np.zeros(*_described(leaf)), metadata)
+        return checkpointer.restore(path, numpy)
+
+
+def _metadata(checkpointer: ocp.StandardCheckpointer, path: Path) -> Any:
+    metadata = checkpointer.metadata(path).item_metadata
+    if metadata is None:
+        raise ValueError("it has no metadata of orbax; in a CheckpointManager's directory give step/default")
+    return metadata.tree
+
+
 def _opened_orbax(path: Path) -> tuple[Leaves, Callable[[Leaves], Leaves]]:
     """What the checkpoint says that it holds, and the way to load it."""
     with ocp.StandardCheckpointer() as checkpointer:
-        metadata = checkpointer.metadata(path).item_metadata
-    if metadata is None:
-        raise ValueError("it has no metadata of orbax; in a CheckpointManager's directory give step/default")
-    structure, stored = jax.tree.structure(metadata.tree), _leaves(metadata.tree)
+        metadata = _metadata(checkpointer, path)
+    structure, stored = jax.tree.structure(metadata), _leaves(metadata)
 
     def load(expected: Leaves) -> Leaves:
         target = structure.unflatten([_abstract(expected[where]) for where in stored])

@@ -17,7 +17,9 @@ try:
     from matplotlib import pyplot
     from matplotlib.axes import Axes
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(f"jbn.plot needs {error.name}, which is not installed: pip install 'jbn[plot]'") from None
+    raise ModuleNotFoundError(
+        f"jbn.plot needs {error.name}, which is not installed: pip install 'jbn[plot]'", name=error.name
+    ) from None
 
 FEW = 12
 MOMENTA = {"0.9": 0.9, "0.99": 0.99, "0.999": 0.999}
@@ -135,15 +137,14 @@ def error_against_momentum(
         `jbn.diagnostics.expected_error` and `best_momentum`.
     """
     ax = _axes(ax)
-    rates = np.geomspace(1, 1e-4 / steps, POINTS)
+    rates = np.geomspace(1, 1e-2 / steps, POINTS)
     for place, distance in enumerate(distances):
         errors = [diagnostics.expected_error(1 - rate, steps, batch_size, distance) ** 0.5 for rate in rates]
-        ax.plot(rates, errors, color=f"C{place}", label=f"start {distance:g} sd away")
         best = diagnostics.best_momentum(steps, batch_size, distance)
         lowest = diagnostics.expected_error(best, steps, batch_size, distance) ** 0.5
+        ax.plot(rates, errors, color=f"C{place}", label=f"start {distance:g} sd away, best {best:.4g}")
         if best < 1:
             ax.plot(1 - best, lowest, "o", color=f"C{place}")
-            ax.annotate(f"{best:.4g}", (1 - best, lowest), textcoords="offset points", xytext=(0, -14), ha="center")
     ax.set(xscale="log", yscale="log", xlabel="1 - momentum", ylabel="error of the running mean (sd)")
     ax.set_title(f"error after {steps} steps of {batch_size}")
     ax.invert_xaxis()
@@ -193,7 +194,7 @@ def running_against_population(state: Any, population: Any, *, epsilon: float = 
         lost = len(error) - len(usable)
         labels.append((shown(path) or "norm") + (f" ({lost} unset or not finite)" if lost else ""))
     ax.set_xticks(range(len(labels)), labels, rotation=30, ha="right")
-    ax.set(ylabel="error of the normalized output (sd)", title="running against population statistics", yscale="symlog")
+    ax.set(ylabel="error of the normalized output (sd)", title="running against population statistics")
     ax.set_ylim(bottom=0)
     return ax
 

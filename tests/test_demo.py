@@ -13,8 +13,8 @@ import orbax.checkpoint
 import pytest
 
 import jbn
-from jbn import cli
 from jbn.cli import main
+from jbn.commands import train
 from jbn.demo import checkpoints, data, loop, model, report
 from jbn.demo.options import Options, momentum_from_text
 
@@ -289,7 +289,7 @@ def test_a_missing_extra_is_named(tmp_path, capsys, monkeypatch):
 
 def test_a_terminal_gets_a_bar(monkeypatch, capsys, lesson):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with cli._progress(60) as watch:
+    with train._progress(60) as watch:
         for look in lesson["0.9"][1].record.looks:
             watch(look)
     captured = capsys.readouterr()

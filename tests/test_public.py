@@ -96,7 +96,7 @@ def test_every_public_name_is_documented():
             assert "Example:" in value.__doc__
     functions = [getattr(jbn.momentum, name) for name in public(jbn.momentum)]
     functions += [getattr(jbn.convert, name) for name in jbn.convert.__all__]
-    functions += [jbn.checkpoint.restore]
+    functions += [jbn.checkpoint.latest, jbn.checkpoint.read, jbn.checkpoint.restore]
     functions += [getattr(module, name) for module in (jbn.renorm, jbn.plot) for name in public(module)]
     functions += [
         value for name in jbn.diagnostics.__all__ if not isinstance(value := getattr(jbn.diagnostics, name), type)

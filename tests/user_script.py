@@ -67,6 +67,7 @@ def see_and_repair(params: jbn.Params, state: jbn.State, x: jax.Array) -> jbn.St
     spread: jbn.diagnostics.VarianceError = jbn.diagnostics.expected_variance(best, 100, 32, running_var="total")
     table: jbn.diagnostics.Table = jbn.diagnostics.compare(state, population)
     print(spread.bias, table, table.text(rows=1), jbn.diagnostics.health(state, population, far=0.1))
+    print([jbn.diagnostics.is_faulty(row) for row in jbn.diagnostics.health(state).rows])
     axes = [
         jbn.plot.moving_average([1, 2], [0.0, 1.0], [0.0, 0.5], population=1.0),
         jbn.plot.initial_weight(100, {"0.9": 0.9}),

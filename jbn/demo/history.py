@@ -51,7 +51,7 @@ def from_lists(values: Sequence[Any]) -> Record:
     return Record(loss, train_accuracy, looks)
 
 
-def write(folder: Path, options: Options, record: Record, population: Watched) -> Path:
+def write(folder: Path, options: Options, record: Record, population: Watched, calibrated: float | None) -> Path:
     """Every step and look, with seed, options, versions and devices."""
     history: dict[str, Any] = {
         "options": options._asdict(),
@@ -69,6 +69,7 @@ def write(folder: Path, options: Options, record: Record, population: Watched) -
             for look in record.looks
         ],
         "population": population._asdict(),
+        "held_out_calibrated": calibrated,
     }
     path = folder / "history.json"
     path.write_text(json.dumps(_finite_or_null(history), indent=1, allow_nan=False) + "\n")

@@ -1,5 +1,6 @@
 """The training loop: batches through the compiled step, with a look at accuracies and statistics now and then."""
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -11,6 +12,7 @@ import optax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+import jbn
 from jbn.demo import checkpoints, data, model, processes
 from jbn.demo.checkpoints import Progress
 from jbn.demo.history import Look, Record, Watched
@@ -19,15 +21,21 @@ from jbn.demo.step import AXIS, Metrics, Run, batch_statistics, evaluate, make_s
 
 LOOKS = 60
 CHANNELS = 3
+CHUNK = 256
 WATCHED = "stem"
 
 
 class Result(NamedTuple):
-    """A finished run: what was recorded and trained, and the population statistics of the watched channels."""
+    """A finished run: what was recorded and trained, the calibrated statistics, and the held-out accuracy with them.
+
+    The population is that of the watched channels. A network that diverged cannot be calibrated: None.
+    """
 
     record: Record
     population: Watched
     run: Run
+    calibrated: model.Tree | None
+    held_out_calibrated: float | None
 
 
 def train(
@@ -65,8 +73,20 @@ def train(
             if manager is not None:
                 checkpoints.save(manager, Progress(number, processes.own_copy(run), record), options)
     own_run = processes.own_copy(run)
-    population = _watched(batch_statistics(own_run.params, own_run.state, digits.train.images))
-    return Result(record, population, own_run)
+    calibrated = _calibrated(own_run, digits.train)
+    if calibrated is None:
+        return Result(record, _watched(jbn.unset(own_run.state)), own_run, None, None)
+    accuracy = float(evaluate(own_run.params, calibrated, digits.held_out, train=False).accuracy)
+    return Result(record, _watched(calibrated), own_run, calibrated, accuracy)
+
+
+def _calibrated(run: Run, examples: data.Examples) -> model.Tree | None:
+    """The statistics of the whole training set under the final weights; None where they are not finite."""
+    images = np.split(np.asarray(examples.images), range(CHUNK, len(examples.labels), CHUNK))
+    try:
+        return jbn.calibrate(functools.partial(batch_statistics, run.params), run.state, images)
+    except ValueError:
+        return None
 
 
 def _start(fresh: Run, manager: ocp.CheckpointManager | None) -> Progress:

@@ -5,6 +5,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from jbn import plot
 from jbn.demo.loop import CHANNELS, WATCHED, Result
 from jbn.demo.options import Options
 
@@ -12,17 +13,16 @@ FEW = 12
 
 
 def draw(folder: Path, options: Options, result: Result) -> Path:
-    """Loss and accuracies by step above, running mean and variance of some channels below."""
-    figure = Figure(figsize=(12, 9), layout="constrained")
+    """Loss and accuracies by step above, running mean and variance of some channels, and all layers below."""
+    figure = Figure(figsize=(12, 12), layout="constrained")
     figure.suptitle(f"jbn train: momentum {options.momentum}, {options.steps} steps of {options.batch_size} examples")
-    grid = figure.add_gridspec(3, CHANNELS)
+    grid = figure.add_gridspec(4, CHANNELS)
     _draw_loss(figure.add_subplot(grid[0, 0]), result)
     _draw_accuracies(figure.add_subplot(grid[0, 1:]), result)
     for channel in range(CHANNELS):
         for row, statistic in enumerate(("mean", "var"), start=1):
-            axes = figure.add_subplot(grid[row, channel])
-            _draw_statistic(axes, result, statistic, channel)
-            axes.set_title(f"{'mean' if statistic == 'mean' else 'variance'} of {WATCHED}, channel {channel}")
+            _draw_statistic(figure.add_subplot(grid[row, channel]), result, statistic, channel)
+    _draw_layers(figure.add_subplot(grid[3, :]), result)
     path = folder / "picture.png"
     figure.savefig(path, dpi=110)
     return path
@@ -56,14 +56,19 @@ def _draw_accuracies(axes: Any, result: Result) -> None:
 
 
 def _draw_statistic(axes: Any, result: Result, statistic: str, channel: int) -> None:
-    steps = [look.step for look in result.record.looks]
-    batch = [getattr(look.batch, statistic)[channel] for look in result.record.looks]
-    running = [getattr(look.running, statistic)[channel] for look in result.record.looks]
-    axes.plot(steps, batch, ".", color="0.6", label="batches")
-    axes.plot(steps, running, _style(result), color="C3", label="running")
-    axes.axhline(
-        getattr(result.population, statistic)[channel], color="C2", linestyle="--", label="training set, final weights"
+    looks = result.record.looks
+    batch, running = (
+        [getattr(getattr(look, field), statistic)[channel] for look in looks] for field in ("batch", "running")
     )
-    axes.set(xlabel="step")
-    if channel == 0 and statistic == "mean":
-        axes.legend()
+    population = getattr(result.population, statistic)[channel]
+    name = "mean" if statistic == "mean" else "variance"
+    plot.moving_average([look.step for look in looks], batch, running, population, statistic=name, ax=axes)
+    axes.set_title(f"{name} of {WATCHED}, channel {channel}")
+
+
+def _draw_layers(axes: Any, result: Result) -> None:
+    if result.calibrated is None:
+        axes.set_title("no calibrated statistics: the network diverged")
+        return
+    plot.running_against_population(result.run.state, result.calibrated, ax=axes)
+    axes.set_title("running against calibrated statistics, a dot a channel")

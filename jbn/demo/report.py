@@ -4,8 +4,6 @@ import math
 import textwrap
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 import jbn
@@ -17,6 +15,7 @@ NOTICEABLE = 0.0075
 FORGOTTEN = 0.01
 TRAINED = 0.9
 WIDTH = 110
+WORST = 5
 
 
 class Memory(NamedTuple):
@@ -30,12 +29,19 @@ def memory(momentum: str, updates: int) -> Memory:
     """The weights of a moving average: the start keeps the product of all momenta, a batch those after its own."""
     if not updates:
         return Memory(start=1.0, age=0.0)
-    chosen = momentum_from_text(momentum)
-    kept = jax.vmap(lambda count: jbn.momentum.at(chosen, count, jnp.float32))(jnp.arange(updates))
-    left = np.cumprod(np.asarray(kept, np.float64)[::-1])
-    weight = (1 - np.asarray(kept, np.float64)[::-1]) * np.concatenate([[1.0], left[:-1]])
-    gathered = weight.sum()
-    return Memory(start=float(left[-1]), age=float(np.arange(updates) @ weight / gathered) if gathered else 0.0)
+    weights = jbn.diagnostics.average_weights(momentum_from_text(momentum), updates)
+    gathered = weights.batches.sum()
+    age = float(np.arange(updates)[::-1] @ weights.batches / gathered) if gathered else 0.0
+    return Memory(weights.start, age)
+
+
+def comparison(result: Result) -> str:
+    """The channels whose running statistics do most to inference, beside the calibrated ones."""
+    if result.calibrated is None:
+        return "no comparison with calibrated statistics: they are not finite"
+    table = jbn.diagnostics.compare(result.run.state, result.calibrated)
+    heading = "running against calibrated statistics, the worst channels, output = ratio * right output + shift"
+    return f"{heading}\n{table.text(WORST)}"
 
 
 def closing_lines(options: Options, result: Result) -> list[str]:
@@ -49,6 +55,9 @@ def closing_lines(options: Options, result: Result) -> list[str]:
     entries = {
         "held-out accuracy": f"{last.held_out_running:6.1%} with the running statistics (inference)",
         "": f"{last.held_out_batch:6.1%} with the held-out set's own statistics, as one batch",
+        " ": "   -   the network diverged and cannot be calibrated"
+        if result.held_out_calibrated is None
+        else f"{result.held_out_calibrated:6.1%} calibrated: with the training set's statistics, by jbn.calibrate",
         "start's weight": f"{held.start:6.1%} of the running statistics is still the initial mean 0 and variance 1 "
         f"(momentum {options.momentum}, {made})",
         "batches' age": f"{held.age:6.1f} steps on average: older batches were made by other weights",
@@ -70,7 +79,11 @@ def _advice(options: Options, result: Result, held: Memory) -> str:
         return "The network itself is not trained yet, whichever statistics it uses: train for more --steps."
     if last.held_out_batch - last.held_out_running <= NOTICEABLE:
         return "Nothing: inference keeps what training reached."
-    faster = f"forget them faster with --momentum {1 - min(1.0, 10 / options.steps):.3g}, or train for more --steps."
+    mended = result.held_out_calibrated is not None and last.held_out_batch - result.held_out_calibrated <= NOTICEABLE
+    mend = " jbn.calibrate mends this network as it is." if mended else ""
+    faster = (
+        f"forget them faster with --momentum {1 - min(1.0, 10 / options.steps):.3g}, or train for more --steps.{mend}"
+    )
     if held.start <= FORGOTTEN:
         return f"Nothing is left of the start; what remains is early batches, which other weights made: {faster}"
     number = options.momentum.rpartition(":")[2]

@@ -1,7 +1,7 @@
 """What the moving average does, in numbers: its laws, and the health of a tree of statistics."""
 
 from jbn.diagnostics._compare import compare
-from jbn.diagnostics._health import health
+from jbn.diagnostics._health import health, is_faulty
 from jbn.diagnostics._laws import (
     AverageWeights,
     average_weights,
@@ -27,4 +27,5 @@ __all__ = [
     "half_life",
     "health",
     "initial_weight",
+    "is_faulty",
 ]

@@ -82,7 +82,28 @@ def health(
 
 
 def is_faulty(row: tuple[Any, ...]) -> bool:
-    """Whether something is wrong with the norm of a row of `health`."""
+    """Whether something is wrong with a norm.
+
+    any of dead, unset, not finite, far, stale, missing
+
+    Args:
+        row: a row of what `health` gives.
+
+    Returns:
+        True where one of these columns is not 0 or None.
+
+    Raises:
+        Nothing.
+
+    Example:
+        >>> import jbn
+        >>> (row,) = jbn.diagnostics.health(jbn.unset(jbn.init(2)[1])).rows
+        >>> jbn.diagnostics.is_faulty(row)
+        True
+
+    Source:
+        jbn's own convention.
+    """
     return any(row[COLUMNS.index(fault)] for fault in FAULTS)
 
 

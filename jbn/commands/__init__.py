@@ -1,0 +1,1 @@
+"""The commands of `jbn`, a file each: its options, and what it does with them."""
