@@ -243,3 +243,30 @@ def test_targets_that_are_no_arrays(tmp_path, tree):
 def test_nothing_there(tmp_path, tree):
     with pytest.raises(FileNotFoundError, match=r"`path` is .*missing, where there is nothing"):
         jbn.checkpoint.restore(tmp_path / "missing", tree)
+
+
+@pytest.mark.parametrize("kind", ["orbax", "bytes"])
+def test_read_gives_what_is_stored(tmp_path, kind):
+    tree = {"norm": jbn.init(3)[1], "kernel": np.ones((2, 2), np.float16), "step": 7}
+    path = tmp_path / kind
+    if kind == "orbax":
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(path, tree)
+    else:
+        path.write_bytes(serialization.to_bytes(tree))
+    found = jbn.checkpoint.read(path)
+    np.testing.assert_array_equal(found["norm"]["var"], np.ones(3))
+    assert found["norm"]["count"].dtype == np.int32
+    assert found["kernel"].dtype == np.float16
+    assert found["step"] == 7
+    assert jbn.checkpoint.latest(path) == path
+
+
+def test_latest_and_read_refuse(tmp_path):
+    for call in (jbn.checkpoint.read, jbn.checkpoint.latest):
+        with pytest.raises(FileNotFoundError, match="where there is nothing"):
+            call(tmp_path / "absent")
+    with pytest.raises(ValueError, match="a folder with 0 checkpoints of orbax"):
+        jbn.checkpoint.latest(tmp_path)
+    with pytest.raises(ValueError, match="holds no whole checkpoint"):
+        jbn.checkpoint.read(tmp_path)

@@ -259,3 +259,8 @@ def test_tables_are_plain_data_and_print_well():
     assert lines[-1] == "... and 10 more"
     assert len({len(line) for line in lines[:-1]}) == 1
     assert table.text(rows=2).count("\n") == 3
+
+
+def test_health_of_statistics_that_do_not_fit_each_other():
+    table = diagnostics.health({"mean": jnp.zeros(3), "var": jnp.ones(2)})
+    assert row_of(table, "")["not finite"] == 3

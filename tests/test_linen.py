@@ -131,7 +131,7 @@ def test_a_schedule_goes_on_from_its_count(rng):
 def test_a_schedule_refuses_statistics_without_a_count(rng):
     x, norm = images(rng), jbn.linen.BatchNorm(momentum=jbn.momentum.cumulative())
     variables = nn.BatchNorm().init(KEY, x, use_running_average=False)
-    with pytest.raises(ValueError, match="no `count`, which the `momentum` schedule reads"):
+    with pytest.raises(ValueError, match="no `count`, which a schedule reads"):
         trained(norm, variables, x)
     norm.apply(variables, x, use_running_average=True)
     norms, rest = jbn.convert.split(variables, "linen", count=10)
@@ -318,3 +318,26 @@ def test_gradient_accumulation_updates_once_a_microbatch(rng):
     assert_close(statistics["var"], var)
     expected = sum(np.sum(reference.batch_norm(batch).out ** 2 * 3, axis=(0, 1)) for batch in x)
     assert_close(gradient["bias"], expected)
+
+
+@pytest.mark.parametrize("bounds", [{}, {"r_max": 1.5, "d_max": 0.2}])
+def test_renorm_is_the_core_s(rng, bounds):
+    x = (rng.normal(size=(8, 3)) * 2 + 3).astype(np.float32)
+    norm = jbn.linen.BatchRenorm(use_running_average=False, **bounds)
+    variables = norm.init(jax.random.key(0), x)
+    assert set(variables["batch_stats"]) == ({"mean", "var"} if bounds else {"mean", "var", "count"})
+    start = {"mean": jnp.full(3, 2.0), "var": jnp.full(3, 2.0)}
+    start = {**variables["batch_stats"], **start}
+    out, updated = norm.apply({**variables, "batch_stats": start}, x, mutable=["batch_stats"])
+    state = jbn.State(start["mean"], start["var"], start.get("count", jnp.int32(0)))
+    expected, new_state = jbn.batch_renorm(jbn.Params(**variables["params"]), state, x, True, **bounds)
+    np.testing.assert_array_equal(out, expected)
+    for name, value in updated["batch_stats"].items():
+        np.testing.assert_array_equal(value, getattr(new_state, name))
+
+
+def test_renorm_without_its_count_is_refused():
+    x = jnp.ones((4, 3))
+    stats = jbn.linen.BatchNorm(use_running_average=False).init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match="no `count`, which a schedule reads"):
+        jbn.linen.BatchRenorm(use_running_average=False).apply(stats, x, mutable=["batch_stats"])

@@ -164,7 +164,7 @@ def test_refusals(options, error, message):
 def test_a_schedule_set_later_is_refused():
     norm = made(jbn.nnx)
     norm.momentum = jbn.momentum.cumulative()
-    with pytest.raises(ValueError, match=r"`momentum` is a schedule.*has no `count`"):
+    with pytest.raises(ValueError, match=r"`momentum` or a bound is a schedule.*has no `count`"):
         norm(jnp.ones((4, 3)))
 
 
@@ -332,3 +332,26 @@ def test_a_training_loop_with_an_optimizer(rng):
     losses = [float(step(model, optimizer, x)) for _ in range(5)]
     assert losses[-1] < losses[0]
     assert np.all(model.norm.mean[...] != 0)
+
+
+@pytest.mark.parametrize("bounds", [{}, {"r_max": 1.5, "d_max": 0.2}])
+def test_renorm_is_the_core_s(rng, bounds):
+    x = (rng.normal(size=(8, 3)) * 2 + 3).astype(np.float32)
+    norm = jbn.nnx.BatchRenorm(3, rngs=nnx.Rngs(0), momentum=0.9, **bounds)
+    assert (norm.count is None) == bool(bounds)
+    norm.mean[...], norm.var[...] = jnp.full(3, 2.0), jnp.full(3, 2.0)
+    state = jbn.State(norm.mean[...], norm.var[...], jnp.int32(0))
+    params = jbn.Params(norm.scale[...], norm.bias[...])
+    out = norm(x)
+    expected, new_state = jbn.batch_renorm(params, state, x, True, momentum=0.9, **bounds)
+    np.testing.assert_array_equal(out, expected)
+    np.testing.assert_array_equal(norm.var[...], new_state.var)
+    inference = norm(x, use_running_average=True)
+    np.testing.assert_array_equal(inference, jbn.normalize(params, new_state, x))
+
+
+def test_renorm_made_for_numbers_takes_no_schedule_later():
+    norm = jbn.nnx.BatchRenorm(3, r_max=2.0, d_max=1.0, rngs=nnx.Rngs(0))
+    norm.r_max = jbn.renorm.r_max()
+    with pytest.raises(ValueError, match="`momentum` or a bound is a schedule"):
+        norm(jnp.ones((4, 3)))
