@@ -9,7 +9,7 @@ from jbn import diagnostics
 from jbn._nodes import shown
 from jbn.diagnostics._compare import distances as channel_distances
 from jbn.diagnostics._compare import pairs
-from jbn.diagnostics._laws import checked_count
+from jbn.diagnostics._laws import checked_count, written
 from jbn.diagnostics._laws import momenta as kept_at_each
 from jbn.momentum import Schedule
 
@@ -142,7 +142,7 @@ def error_against_momentum(
         errors = [diagnostics.expected_error(1 - rate, steps, batch_size, distance) ** 0.5 for rate in rates]
         best = diagnostics.best_momentum(steps, batch_size, distance)
         lowest = diagnostics.expected_error(best, steps, batch_size, distance) ** 0.5
-        ax.plot(rates, errors, color=f"C{place}", label=f"start {distance:g} sd away, best {best:.4g}")
+        ax.plot(rates, errors, color=f"C{place}", label=f"start {distance:g} sd away, best {written(best)}")
         if best < 1:
             ax.plot(1 - best, lowest, "o", color=f"C{place}")
     ax.set(xscale="log", yscale="log", xlabel="1 - momentum", ylabel="error of the running mean (sd)")
@@ -195,6 +195,7 @@ def running_against_population(state: Any, population: Any, *, epsilon: float = 
         labels.append((shown(path) or "norm") + (f" ({lost} unset or not finite)" if lost else ""))
     ax.set_xticks(range(len(labels)), labels, rotation=30, ha="right")
     ax.set(ylabel="error of the normalized output (sd)", title="running against population statistics")
+    ax.set_xlim(-0.6, len(labels) - 0.4)
     ax.set_ylim(bottom=0)
     return ax
 

@@ -116,9 +116,11 @@ def test_momentum_tells_what_the_laws_say(tmp_path, capsys):
     picture = tmp_path / "momentum.png"
     assert main(["momentum", "--steps", "1000", "--batch-size", "32", "--plot", str(picture)]) == 0
     printed = capsys.readouterr().out
-    best = f"{jbn.diagnostics.best_momentum(1000, 32):.4g}"
+    best = f"{jbn.diagnostics.best_momentum(1000, 32):.5f}"
     assert f"{best}, the best" in printed
     assert f"jbn.momentum.warmup({best})" in printed
+    assert main(["momentum", "--steps", "1000000"]) == 0
+    assert "Take momentum=0.99999" in capsys.readouterr().out
     row = next(line for line in printed.splitlines() if line.startswith("0.999 "))
     assert f"{0.999**1000:.2%}" in row
     assert f"{jbn.diagnostics.expected_error(0.999, 1000, 32) ** 0.5:.4g}" in row
@@ -131,6 +133,7 @@ def test_momentum_tells_what_the_laws_say(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--steps", "0"], "--steps is 0: expected a finite number of at least 1"),
+        (["--steps", "1000000000"], "--steps is 1000000000: expected at most 10000000"),
         (["--batch-size", "-3"], "--batch-size is -3"),
         (["--distance", "nan"], "--distance is nan"),
         (["--plot", "picture.unknown"], "--plot is picture.unknown"),

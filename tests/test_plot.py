@@ -50,7 +50,7 @@ def test_the_optimum_is_marked():
     (best,), (error,) = mark.get_data()
     np.testing.assert_allclose(1 - best, jbn.diagnostics.best_momentum(1000, 32))
     assert error <= curve.get_ydata().min()
-    assert curve.get_label() == f"start 1 sd away, best {1 - best:.4g}"
+    assert curve.get_label() == f"start 1 sd away, best {1 - best:.5f}"
     assert len(plot.error_against_momentum(10, 32, distances=[0.0]).lines) == 1
 
 

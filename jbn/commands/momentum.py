@@ -8,7 +8,9 @@ from typing import Any
 import jbn
 from jbn import diagnostics
 from jbn.demo.options import OptionError
+from jbn.diagnostics._laws import written
 
+MOST_STEPS = 10**7
 USUAL = (0.9, 0.99, 0.999)
 COLUMNS = ("momentum", "start left", "half-life", "batches averaged", "error of mean", "bias of var", "spread of var")
 
@@ -40,9 +42,11 @@ def run(given: dict[str, Any]) -> int:
     for flag, value, least in (("--steps", steps, 1), ("--batch-size", size, 1), ("--distance", distance, 0)):
         if not least <= value < math.inf:
             raise OptionError(f"{flag} is {value}: expected a finite number of at least {least}.")
+    if steps > MOST_STEPS:
+        raise OptionError(f"--steps is {steps}: expected at most {MOST_STEPS}, as schedules are summed step by step.")
     best = diagnostics.best_momentum(steps, size, distance)
     named: dict[str, Any] = {f"{momentum:g}": momentum for momentum in USUAL}
-    rounded = f"{best:.4g}"
+    rounded = written(best)
     named |= {f"{rounded}, the best": best, f"warmup:{rounded}": jbn.momentum.warmup(best)}
     rows = [_row(name, momentum, steps, size, distance) for name, momentum in named.items()]
     print(f"{steps} steps of {size} values, from a start that is {distance:g} standard deviations away\n")

@@ -254,6 +254,12 @@ def power_sum(momentum: Any, steps: int, power: int) -> float:
     return (1 - kept) ** power * math.expm1(power * steps * log) / math.expm1(power * log)
 
 
+def written(momentum: float) -> str:
+    """A momentum with as many digits as tell it from 1."""
+    digits = 4 if momentum == 1 else 2 - math.floor(math.log10(1 - momentum))
+    return f"{momentum:.{digits}f}".rstrip("0").rstrip(".")
+
+
 def checked_count(name: str, value: Any, least: int = 0) -> int:
     """An int of at least so many."""
     try:
