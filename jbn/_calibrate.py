@@ -59,7 +59,7 @@ def calibrate(
 
     Raises:
         ModuleNotFoundError: `progress` needs tqdm.
-        TypeError: `step`, `weights` or `select` is no function, or state is traced.
+        TypeError: `step`, `weights` or `select` is no function, batches are not iterable, or state is traced.
         ValueError: no statistics or no batches, weights that are not numbers of at least 0, or a node that a batch
             left unset or not finite, or that ran more than once: the error names it and the likely reason.
 
@@ -88,6 +88,8 @@ def calibrate(
         BatchNorm, 2021, section 3; the merge is Chan, Golub and LeVeque's, 1979.
     """
     _check_functions(step=step, weights=weights, select=select)
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"`batches` is a {type(batches).__name__}: expected an iterable of what `step` takes.")
     forest = _nodes.find(state, "`state`")
     chosen = _chosen(forest, select)
     totals: dict[Path, Population] = {}

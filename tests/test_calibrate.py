@@ -385,6 +385,7 @@ STATE = jbn.init(3)[1]
 REFUSED = {
     "no statistics": ((identity, {"a": X}, [X]), {}, ValueError, "`state` holds no statistics"),
     "no batches": ((identity, STATE, []), {}, ValueError, "`batches` gave no batch of a weight above 0"),
+    "batches": ((identity, STATE, 3), {}, TypeError, "`batches` is a int: expected an iterable"),
     "step": ((None, STATE, [X]), {}, TypeError, "`step` is None: expected a function of (state, batch)"),
     "weights": ((identity, STATE, [X], 3), {}, TypeError, "`weights` is 3: expected a function of batch"),
     "select": ((identity, STATE, [X]), {"select": "a"}, TypeError, "`select` is 'a': expected a function of path"),

@@ -145,7 +145,7 @@ REFUSED = {
     "other norms": (
         lambda: diagnostics.compare({"a": jbn.init(2)[1]}, {"b": jbn.init(2)[1]}),
         ValueError,
-        "only one of them has a, b",
+        "only one of them has 'a', 'b'",
     ),
     "other shapes": (lambda: diagnostics.compare(jbn.init(2)[1], jbn.init(3)[1]), ValueError, "expected one shape"),
     "nothing": (lambda: diagnostics.health({"a": 1}), ValueError, "`tree` holds no statistics"),

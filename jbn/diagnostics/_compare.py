@@ -63,7 +63,9 @@ def pairs(state: Any, population: Any) -> dict[Path, Pair]:
     running, right = trees.values()
     alone = {shown(path) for path in running.nodes} ^ {shown(path) for path in right.nodes}
     if alone:
-        raise ValueError(f"`state` and `population` hold other norms: only one of them has {', '.join(sorted(alone))}.")
+        raise ValueError(
+            f"`state` and `population` hold other norms: only one of them has {', '.join(repr(path) for path in sorted(alone))}."
+        )
     by_name = {shown(path): path for path in right.nodes}
     found: dict[Path, Pair] = {}
     for path in running.nodes:
