@@ -59,13 +59,11 @@ Pair = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
 
 def pairs(state: Any, population: Any) -> dict[Path, Pair]:
     """Running and population statistics of each node, in float64."""
-    trees = {"`state`": _nodes.find(state, "`state`"), "`population`": _nodes.find(population, "`population`")}
-    running, right = trees.values()
+    running, right = _nodes.find(state, "`state`"), _nodes.find(population, "`population`")
     alone = {shown(path) for path in running.nodes} ^ {shown(path) for path in right.nodes}
     if alone:
-        raise ValueError(
-            f"`state` and `population` hold other norms: only one of them has {', '.join(repr(path) for path in sorted(alone))}."
-        )
+        listed = ", ".join(map(repr, sorted(alone)))
+        raise ValueError(f"`state` and `population` hold other norms: only one of them has {listed}.")
     by_name = {shown(path): path for path in right.nodes}
     found: dict[Path, Pair] = {}
     for path in running.nodes:
