@@ -59,7 +59,8 @@ def calibrate(
 
     Raises:
         ModuleNotFoundError: `progress` needs tqdm.
-        TypeError: `step`, `weights` or `select` is no function, batches are not iterable, or state is traced.
+        TypeError: `step`, `weights` or `select` is no function, batches are not iterable, or state is traced or in
+            half precision.
         ValueError: no statistics or no batches, weights that are not numbers of at least 0, or a node that a batch
             left unset or not finite, or that ran more than once: the error names it and the likely reason.
 
@@ -159,6 +160,13 @@ def _chosen(forest: Forest, select: Callable[[str], bool] | None) -> list[Path]:
     if not chosen:
         some = ", ".join(shown(path) for path in list(forest.nodes)[:5])
         raise ValueError(f"`select` selects none of the {len(forest.nodes)} nodes with statistics: {some}, ...")
+    for path in chosen:
+        for field in ("mean", "var"):
+            if (dtype := jnp.result_type(forest.at(path)[field])).itemsize < 4:
+                raise TypeError(
+                    f"`state` has `{field}` in {dtype} at {named(path)}: expected float32 or float64, since averages "
+                    "stand still in less. Convert it by `.astype`."
+                )
     return chosen
 
 
@@ -174,9 +182,14 @@ def _weight(batch: Any, number: int, weights: Callable[[Any], Any] | None) -> fl
     if weights is None:
         sizes = sorted({np.shape(leaf)[0] for leaf in jax.tree.leaves(batch) if np.ndim(leaf)})
         if len(sizes) != 1:
+            what = (
+                f"whose arrays have leading axes of sizes {sizes}"
+                if sizes
+                else "without an array that has a leading axis"
+            )
             raise ValueError(
-                f"`batches` gave one, number {number}, whose arrays have leading axes of sizes {sizes}: expected one "
-                "size, the number of examples. Give `weights`, a function from a batch to it."
+                f"`batches` gave one, number {number}, {what}: expected one size, the number of examples. Give "
+                "`weights`, a function from a batch to it."
             )
         return float(sizes[0])
     given = weights(batch)

@@ -91,7 +91,7 @@ def _target(bounds: Bounds, state: State, axes: _arguments.Axes, x: jax.Array) -
     mean, var = (aligned(vector, axes, x) for vector in (state.mean, state.var))
     values = []
     for bound, given in bounds._asdict().items():
-        if given in (renorm.r_max, renorm.d_max):
+        if given is renorm.r_max or given is renorm.d_max:
             raise TypeError(f"`{bound}` is jbn.renorm.{given.__name__} itself: call it, as in jbn.renorm.{bound}().")
         value: Any = given(whole(state.count)) if callable(given) else given
         if not isinstance(value, _arguments.Numeric) or np.shape(value) != ():

@@ -1,6 +1,8 @@
 """The command line: `jbn train`, `jbn momentum`, `jbn inspect`."""
 
 import argparse
+import os
+import sys
 from collections.abc import Sequence
 
 import jbn
@@ -18,7 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = vars(parser.parse_args(arguments))
     name, run = given.pop("command"), given.pop("run")
     try:
-        return run(given)
+        status = run(given)
+        sys.stdout.flush()
     except ModuleNotFoundError as error:
         if (error.name or "jbn").startswith("jbn"):
             raise
@@ -26,5 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         resume = "; --resume goes on from the last checkpoint, if there is one" if name == "train" else ""
         parser.exit(130, f"\njbn {name}: interrupted{resume}\n")
+    except BrokenPipeError:
+        # Python flushes what is left at its end, and would fail once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OptionError as error:
         parser.error(str(error))
+    return status

@@ -10,6 +10,7 @@ import pytest
 import reference
 from cases import LAYOUTS
 from tolerances import UNIT, assert_close, assert_rounded
+from transforms import TRANSFORMS
 
 import jbn
 
@@ -176,34 +177,21 @@ def test_every_derivative(rng, derivative):
     assert_close(take(ours), take(plain), condition=4, scale=1)
 
 
-def test_shared_over_devices_is_one_batch(rng):
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_shared_over_places_is_one_batch(rng, transform):
     params, state, x = case(rng, (16, 3), -1)
     cotangent = rng.normal(size=x.shape).astype(np.float32)
-    mesh = jax.make_mesh((8,), ("d",))
-    rows, whole = jax.sharding.PartitionSpec("d"), jax.sharding.PartitionSpec()
-
-    @jax.shard_map(mesh=mesh, in_specs=(whole, whole, rows, rows), out_specs=(rows, whole, rows))
-    def shared(params, state, x, cotangent):
-        def call(x):
-            return jbn.batch_renorm(params, state, x, True, axis_name="d", r_max=1.2, d_max=0.1)
-
-        out, pull, new_state = jax.vjp(call, x, has_aux=True)
-        return out, new_state, pull(cotangent)[0]
-
-    split = (jax.device_put(array, jax.sharding.NamedSharding(mesh, rows)) for array in (x, cotangent))
-    out, new_state, dx = shared(params, state, *split)
-    expected = corrected(params, state, x, cotangent, 1.2, 0.1)
-    assert_close(out, expected.out, scale=3)
-    assert_close(dx, expected.dx, scale=3)
-    assert_close(new_state.mean, jbn.batch_norm(params, state, x, True)[1].mean)
-
-
-def test_sharding_splits_it_as_batch_norm(rng):
-    params, state, x = case(rng, (16, 3), -1)
-    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
-    split = jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("d")))
-    call = jax.jit(lambda x: jbn.batch_renorm(params, state, x, True, r_max=1.2, d_max=0.1))
-    jax.tree.map(lambda a, b: assert_close(a, b, scale=3), call(split), call(x))
+    mask = np.arange(16) % 8 != 3
+    found = transform({"d": 8}, norm=jbn.batch_renorm, r_max=1.2, d_max=0.1)(params, state, x, mask, cotangent)
+    expected = corrected(params, state, x, cotangent, 1.2, 0.1, mask=mask)
+    assert_close(found.out, expected.out, scale=3)
+    assert_close(found.dx, expected.dx, scale=3)
+    assert_close(found.gradients.scale, expected.dscale, scale=10)
+    assert_close(found.gradients.bias, expected.dbias, scale=10)
+    mean, var = reference.update(state.mean, state.var, expected, 0.5)
+    for place in range(found.new_state.mean.shape[0]):
+        assert_close(found.new_state.mean[place], mean)
+        assert_close(found.new_state.var[place], var)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -398,7 +398,13 @@ REFUSED = {
     "negative weight": ((identity, STATE, [X], lambda x: -1), {}, ValueError, "`weights` gives -1 for batch 0"),
     "weight of a kind": ((identity, STATE, [X], lambda x: "a"), {}, ValueError, "`weights` gives 'a' for batch 0"),
     "two sizes": ((identity, STATE, [(X, X[:2])]), {}, ValueError, "leading axes of sizes [2, 4]"),
-    "no arrays": ((identity, STATE, [3]), {}, ValueError, "Give `weights`"),
+    "no arrays": ((identity, STATE, [[3, 4]]), {}, ValueError, "number 0, without an array that has a leading axis"),
+    "half precision": (
+        (identity, {"a": STATE._replace(mean=STATE.mean.astype("bfloat16"))}, [X]),
+        {},
+        TypeError,
+        "`state` has `mean` in bfloat16 at a: expected float32 or float64",
+    ),
     "other tree": ((lambda s, x: {"b": s}, {"a": STATE}, [X]), {}, ValueError, "no statistics at a, but at b"),
     "no tree": ((lambda s, x: x, STATE, [X]), {}, ValueError, "the result of `step` holds no statistics"),
     "other shape": (

@@ -1,6 +1,9 @@
 """`jbn momentum` and `jbn inspect`: what they print, what they find, what they refuse."""
 
+import os
 import re
+import subprocess
+import sys
 
 import flax.serialization
 import jax
@@ -110,6 +113,20 @@ def test_inspect_without_statistics(tmp_path, capsys):
         main(["inspect", str(saved(tmp_path, {"kernel": np.ones(3, np.float32)}, "flax"))])
     assert end.value.code == 2
     assert "holds no statistics" in capsys.readouterr().err
+
+
+def test_a_pipe_that_closes_early(tmp_path):
+    listing = subprocess.run(
+        f"{sys.executable} -m jbn momentum --steps 100 | head -n 1; exit ${{PIPESTATUS[0]}}",
+        shell=True,
+        executable="/bin/bash",
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        check=False,
+    )
+    assert listing.stdout.startswith("100 steps of 32 values")
+    assert listing.stderr == ""
 
 
 def test_momentum_tells_what_the_laws_say(tmp_path, capsys):

@@ -1,5 +1,8 @@
 """What the pictures show: labels, units, and the numbers behind the lines. They are drawn without a screen."""
 
+import importlib
+import sys
+
 import matplotlib as mpl
 import numpy as np
 import pytest
@@ -25,6 +28,13 @@ PICTURES = {
     "error": lambda **ax: plot.error_against_momentum(1000, 32, **ax),
     "layers": lambda **ax: plot.running_against_population(STATE, RIGHT, **ax),
 }
+
+
+def test_matplotlib_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "jbn.plot")
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'jbn\[plot\]'"):
+        importlib.import_module("jbn.plot")
 
 
 @pytest.mark.parametrize("draw", PICTURES.values(), ids=PICTURES)

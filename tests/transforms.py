@@ -33,11 +33,11 @@ class Step(NamedTuple):
     dx: Any
 
 
-def step(params, state, x, mask, cotangent, **options):
+def step(params, state, x, mask, cotangent, *, norm=jbn.batch_norm, **options):
     """The norm's output, and the gradients of this place's share of the loss."""
 
     def forward(params, x):
-        return jbn.batch_norm(params, state, x, True, momentum=0.5, mask=mask, **options)
+        return norm(params, state, x, True, momentum=0.5, mask=mask, **options)
 
     out, backward, new_state = jax.vjp(forward, params, x, has_aux=True)
     gradients, dx = backward(cotangent)
