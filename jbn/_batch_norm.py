@@ -6,9 +6,9 @@ from typing import Any
 import jax
 from jax.typing import ArrayLike
 
+from jbn._activation import Activation
 from jbn._collectives import AxisName, IndexGroups
 from jbn._forward import forward
-from jbn._standardize import Activation
 from jbn._state import Params, State
 from jbn.momentum import Schedule
 

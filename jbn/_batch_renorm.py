@@ -7,9 +7,9 @@ import jax
 from jax.typing import ArrayLike
 
 from jbn import renorm
+from jbn._activation import Activation
 from jbn._collectives import AxisName, IndexGroups
 from jbn._forward import Bounds, forward
-from jbn._standardize import Activation
 from jbn._state import Params, State
 from jbn.momentum import Schedule
 

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jbn import _arguments
+from jbn._activation import Activation
 from jbn._moments import ShiftedMoments, arithmetic_dtype
-from jbn._standardize import Activation, Affine, Rule, closed_activation, transform
+from jbn._standardize import Affine, Rule, closed_activation, transform
 from jbn._state import Params, State
 
 

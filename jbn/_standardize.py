@@ -1,19 +1,16 @@
 """Standardize a batch by its own moments, with the exact derivative in every mode, which keeps only the input alive."""
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
-from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
+from jbn._activation import Activation, ClosedActivation, closed
 from jbn._collectives import Sharing, sum_over
 from jbn._moments import ShiftedMoments, shifted_moments
-
-Activation = Callable[[jax.Array], jax.Array]
 
 
 class Affine(NamedTuple):
@@ -38,7 +35,7 @@ class Rule(NamedTuple):
     reduced: tuple[int, ...]
     sharing: Sharing | None
     epsilon: float
-    activation: Callable[..., jax.Array] | None
+    activation: ClosedActivation | None
     dtype: Any
 
 
@@ -120,18 +117,40 @@ def _tangent(
         mean_t, covariance = (v / jnp.maximum(batch.count, 1) for v in sums)
     constant = affine_t.bias - slope * mean_t
     along = (affine_t.scale - slope * rstd * covariance) * rstd
-    out_t = centered * along + constant
-    if tangent is not None:
-        out_t = slope * tangent + out_t
-    if rule.activation is not None:
-        before = centered * slope + affine.bias
-        values_t = [
-            np.zeros(value.shape, jax.dtypes.float0) if value_t is None else value_t
-            for value, value_t in zip(captured, captured_t, strict=True)
-        ]
-        _, out_t = jax.jvp(rule.activation, (before, *captured), (out_t, *values_t))
+    terms = [centered * along, constant] if tangent is None else [centered * along, constant, slope * tangent]
+    if rule.activation is None:
+        out_t = sum(terms[1:], terms[0])
+    else:
+        out_t = _after_activation(rule.activation, centered, Affine(slope, affine.bias), terms, captured, captured_t)
     batch_t = ShiftedMoments(jnp.zeros_like(batch.shift), mean_t, 2 * covariance, jnp.zeros_like(batch.count))
     return _valid(out_t.astype(rule.dtype), mask), batch_t
+
+
+def _after_activation(
+    activation: ClosedActivation,
+    centered: jax.Array,
+    affine: Affine,
+    terms: list[jax.Array],
+    captured: list[jax.Array],
+    captured_t: list[jax.Array | None],
+) -> jax.Array:
+    """The activation's tangent where that of its argument, centered * scale + bias, is the sum of the terms.
+
+    A GPU reads x anyway in each of the loops that the transposes of the terms become. Where the derivative is cheap,
+    each has its own, since XLA otherwise writes it to memory for them to share, as a mask for relu.
+    """
+    if not activation.is_cheap:
+        terms = [sum(terms[1:], terms[0])]
+    values_t = [
+        np.zeros(value.shape, jax.dtypes.float0) if value_t is None else value_t
+        for value, value_t in zip(captured, captured_t, strict=True)
+    ]
+    _, out_t = jax.jvp(activation, (centered * affine.scale + affine.bias, *captured), (terms[0], *values_t))
+    for term in terms[1:]:
+        affine = Affine(*_apart_on_gpu(*affine))
+        before = centered * affine.scale + affine.bias
+        out_t += jax.jvp(lambda y: activation(y, *captured), (before,), (jnp.broadcast_to(term, before.shape),))[1]
+    return out_t
 
 
 def _correction(rule: Rule, batch: ShiftedMoments, target: Target) -> tuple[jax.Array, jax.Array]:
@@ -153,29 +172,20 @@ def _corrected(correction: tuple[jax.Array, jax.Array], affine: Affine) -> Affin
 
 def closed_activation(
     activation: Activation | None, x: jax.Array, mask: jax.Array | None, affine: Affine
-) -> tuple[Callable[..., jax.Array] | None, list[jax.Array]]:
+) -> tuple[ClosedActivation | None, list[jax.Array]]:
     """The activation with the values that it captures as arguments, and those values."""
     if activation is None:
         return None, []
     # By shape evaluation, since the type that the activation meets has a sharding and mapped axes too.
     before = jax.eval_shape(lambda: _valid(x, mask).astype(affine.scale.dtype) * affine.scale + affine.bias)
-    # make_jaxpr rather than closure_convert, which leaves captured integers, booleans and keys inside.
-    closed = _traced(activation, before)
-    return lambda y, *captured: jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, captured))(y)[0], list(closed.consts)
+    return closed(activation, before)
 
 
-def _traced(activation: Any, before: jax.ShapeDtypeStruct) -> ClosedJaxpr:
-    """The activation as a program, which must be elementwise."""
-    expected = "expected an elementwise function of jax, whose result is a float array of the same shape: jax.nn.relu"
-    if not callable(activation):
-        raise TypeError(f"`activation` is {activation!r}: {expected}.")
-    try:
-        closed, after = jax.make_jaxpr(lambda y: activation(y), return_shape=True)(before)
-    except jax.errors.TracerArrayConversionError:
-        raise TypeError(f"`activation` is {activation!r}, which turns its argument to NumPy: {expected}.") from None
-    if getattr(after, "shape", None) != before.shape or not jnp.issubdtype(after.dtype, jnp.floating):
-        raise ValueError(f"`activation` turns {before.dtype.name}{list(before.shape)} into {after}: {expected}.")
-    return closed
+def _apart_on_gpu(*vectors: jax.Array) -> tuple[jax.Array, ...]:
+    """The vectors, of which a GPU's compiler no longer knows that they are the same."""
+    return jax.lax.platform_dependent(
+        *vectors, cuda=lambda *same: tuple(jax.lax.optimization_barrier(same)), default=lambda *same: same
+    )
 
 
 def _center(x: jax.Array, mask: jax.Array | None, batch: ShiftedMoments) -> jax.Array:
