@@ -10,8 +10,9 @@ from jax.core import Tracer
 from jbn import _arguments, renorm
 from jbn._activation import Activation
 from jbn._collectives import checked_sharing
-from jbn._moments import ShiftedMoments, no_moments, rounded, shared, union
+from jbn._moments import no_moments, rounded
 from jbn._normalize import aligned, aligned_affine, checked_call, normalize
+from jbn._shifted_moments import ShiftedMoments, shared, union
 from jbn._standardize import Affine, Rule, Target, closed_activation, standardize
 from jbn._state import Params, State, update, whole
 

@@ -10,7 +10,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jbn import _arguments
-from jbn._moments import ShiftedMoments, union
+from jbn._shifted_moments import ShiftedMoments, union
 from jbn._state import State, whole
 
 

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 
 from jbn import _arguments
 from jbn._activation import Activation
-from jbn._moments import ShiftedMoments, arithmetic_dtype
+from jbn._shifted_moments import ShiftedMoments, arithmetic_dtype
 from jbn._standardize import Affine, Rule, closed_activation, transform
 from jbn._state import Params, State
 

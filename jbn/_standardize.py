@@ -9,8 +9,16 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from jbn._activation import Activation, ClosedActivation, closed
-from jbn._collectives import Sharing, sum_over
-from jbn._moments import ShiftedMoments, shifted_moments
+from jbn._collectives import Sharing
+from jbn._shifted_moments import (
+    ShiftedMoments,
+    deviation,
+    mean_tangents,
+    moments_tangent,
+    remembered,
+    shifted_moments,
+    valid,
+)
 
 
 class Affine(NamedTuple):
@@ -63,17 +71,18 @@ def transform(
     rule: Rule, x: jax.Array, mask: jax.Array | None, batch: ShiftedMoments, affine: Affine, captured: list[jax.Array]
 ) -> jax.Array:
     """activation((x - mean) * rstd * scale + bias) by the given moments; masked values come out as 0."""
-    out = _center(x, mask, batch) * (_rstd(rule, batch) * affine.scale) + affine.bias
+    out = deviation(x, mask, batch) * (_rstd(rule, batch) * affine.scale) + affine.bias
     if rule.activation is not None:
         out = rule.activation(out, *captured)
-    return _valid(out.astype(rule.dtype), mask)
+    return valid(out.astype(rule.dtype), mask)
 
 
 @functools.partial(standardize.defjvp, symbolic_zeros=True)
 def _standardize_jvp(rule: Rule, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
     x, mask, affine, captured, target = primals
     x_t, _, affine_t, captured_t, _ = tangents
-    out, batch = standardize(rule, x, mask, affine, captured, target)
+    # Rather than by standardize itself: what is kept of the moments, by their name, is then what the result is made of.
+    batch = remembered(x, mask, rule.reduced, rule.sharing)
     x_t = None if isinstance(x_t, SymbolicZero) else x_t
     affine_t, captured_t = jax.tree.map(
         _instantiated, (affine_t, captured_t), (affine, captured), is_leaf=lambda leaf: isinstance(leaf, SymbolicZero)
@@ -81,6 +90,7 @@ def _standardize_jvp(rule: Rule, primals: tuple[Any, ...], tangents: tuple[Any, 
     if target is not None:
         correction = _correction(rule, batch, target)
         affine, affine_t = _corrected(correction, affine), _corrected(correction, affine_t)
+    out = transform(rule, x, mask, batch, affine, captured)
     # checkpoint keeps its arguments and recomputes the rest, so that the backward pass has x in its own dtype, the
     # moments, scale and bias, and nothing else. What it recomputes is elementwise and fuses into the backward pass:
     # a barrier against merging it with the forward pass, the default, would only stop that fusion.
@@ -105,16 +115,14 @@ def _tangent(
     out_t = a*t + xc*B + A,  A = bias_t - a*mean(t),  B = (scale_t - a*rstd*mean(xc*t))*rstd.
     The means are factored out of the elementwise line, so that its transpose holds two reductions, not four.
     """
-    centered = _center(x, mask, batch)
+    centered = deviation(x, mask, batch)
     rstd = _rstd(rule, batch)
     slope = rstd * affine.scale
     if x_t is None:
         tangent, mean_t, covariance = None, jnp.zeros_like(batch.offset), jnp.zeros_like(batch.var)
     else:
-        tangent = _valid(x_t, mask).astype(centered.dtype)
-        sums = [jnp.sum(v, axis=rule.reduced, keepdims=True) for v in (tangent, centered * tangent)]
-        sums = sums if rule.sharing is None else sum_over(rule.sharing, sums)
-        mean_t, covariance = (v / jnp.maximum(batch.count, 1) for v in sums)
+        tangent = valid(x_t, mask).astype(centered.dtype)
+        mean_t, covariance = mean_tangents(tangent, centered, batch, rule.reduced, rule.sharing)
     constant = affine_t.bias - slope * mean_t
     along = (affine_t.scale - slope * rstd * covariance) * rstd
     terms = [centered * along, constant] if tangent is None else [centered * along, constant, slope * tangent]
@@ -122,8 +130,7 @@ def _tangent(
         out_t = sum(terms[1:], terms[0])
     else:
         out_t = _after_activation(rule.activation, centered, Affine(slope, affine.bias), terms, captured, captured_t)
-    batch_t = ShiftedMoments(jnp.zeros_like(batch.shift), mean_t, 2 * covariance, jnp.zeros_like(batch.count))
-    return _valid(out_t.astype(rule.dtype), mask), batch_t
+    return valid(out_t.astype(rule.dtype), mask), moments_tangent(batch, mean_t, covariance)
 
 
 def _after_activation(
@@ -149,7 +156,9 @@ def _after_activation(
     for term in terms[1:]:
         affine = Affine(*_apart_on_gpu(*affine))
         before = centered * affine.scale + affine.bias
-        out_t += jax.jvp(lambda y: activation(y, *captured), (before,), (jnp.broadcast_to(term, before.shape),))[1]
+        # Zeros of its argument broadcast the term to its shape and to its sharding.
+        before_t = jnp.zeros_like(before) + term
+        out_t += jax.jvp(lambda y: activation(y, *captured), (before,), (before_t,))[1]
     return out_t
 
 
@@ -177,7 +186,7 @@ def closed_activation(
     if activation is None:
         return None, []
     # By shape evaluation, since the type that the activation meets has a sharding and mapped axes too.
-    before = jax.eval_shape(lambda: _valid(x, mask).astype(affine.scale.dtype) * affine.scale + affine.bias)
+    before = jax.eval_shape(lambda: valid(x, mask).astype(affine.scale.dtype) * affine.scale + affine.bias)
     return closed(activation, before)
 
 
@@ -188,18 +197,8 @@ def _apart_on_gpu(*vectors: jax.Array) -> tuple[jax.Array, ...]:
     )
 
 
-def _center(x: jax.Array, mask: jax.Array | None, batch: ShiftedMoments) -> jax.Array:
-    """(x - shift) - offset, in that order: the difference from the shift is nearly exact, the mean itself is not."""
-    return (_valid(x, mask).astype(batch.shift.dtype) - batch.shift) - batch.offset
-
-
 def _rstd(rule: Rule, batch: ShiftedMoments) -> jax.Array:
     return jax.lax.rsqrt(batch.var + rule.epsilon)
-
-
-def _valid(x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """x with 0 in masked places."""
-    return x if mask is None else jnp.where(mask, x, jnp.zeros((), x.dtype))
 
 
 def _instantiated(tangent: Any, primal: jax.Array) -> Any:
