@@ -7,6 +7,7 @@ from jbn import convert, momentum, renorm
 from jbn._batch_norm import batch_norm
 from jbn._batch_renorm import batch_renorm
 from jbn._calibrate import calibrate
+from jbn._checkpoint_policy import checkpoint_policy
 from jbn._fold import fold
 from jbn._merge_states import merge_states
 from jbn._moments import Moments, merge, moments
@@ -27,6 +28,7 @@ __all__ = [
     "batch_renorm",
     "calibrate",
     "checkpoint",
+    "checkpoint_policy",
     "convert",
     "diagnostics",
     "fold",

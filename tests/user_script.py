@@ -34,6 +34,7 @@ def train_step(params: jbn.Params, state: jbn.State, x: jax.Array) -> tuple[jbn.
         )
         return jnp.sum(out**2), new_state
 
+    loss = jax.checkpoint(loss, policy=jbn.checkpoint_policy)
     gradients, new_state = jax.grad(loss, has_aux=True)(params)
     return jax.tree.map(lambda p, g: p - 0.1 * g, params, gradients), new_state
 
