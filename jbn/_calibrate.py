@@ -16,6 +16,8 @@ from jbn._nodes import Forest, Path, Statistics, shown
 
 Step = Callable[[Any, Any], Any]
 
+OUTSIDE = "but calibrate merges on the host: call it outside of jit, and jit `step`."
+
 
 class Population(NamedTuple):
     """Statistics of the batches so far, in float64: their weight, mean and biased variance."""
@@ -59,8 +61,8 @@ def calibrate(
 
     Raises:
         ModuleNotFoundError: `progress` needs tqdm.
-        TypeError: `step`, `weights` or `select` is no function, batches are not iterable, or state is traced or in
-            half precision.
+        TypeError: `step`, `weights` or `select` is no function, batches are not iterable, or are traced, or state is
+            traced or in half precision.
         ValueError: no statistics or no batches, weights that are not numbers of at least 0, or a node that a batch
             left unset or not finite, or that ran more than once: the error names it and the likely reason.
 
@@ -118,6 +120,8 @@ def _run(step: Step, forest: Forest, chosen: list[Path], batch: Any, start: Stat
         for path, fields in ((path, forest.at(path)) for path in forest.nodes)
     }
     new = _nodes.find(step(forest.replaced(values), batch), "the result of `step`")
+    if any(isinstance(leaf, Tracer) for leaf in new.leaves):
+        raise TypeError(f"`batches` are traced, {OUTSIDE}")
     check_same_nodes(forest, chosen, new)
     return dict(zip(chosen, jax.device_get([new.at(path) for path in chosen]), strict=True))
 
@@ -155,7 +159,7 @@ def _as_before(path: Path, fields: Mapping[str, Any], total: Population) -> dict
 def _chosen(forest: Forest, select: Callable[[str], bool] | None) -> list[Path]:
     """The paths of the nodes to calibrate."""
     if any(isinstance(leaf, Tracer) for leaf in forest.leaves):
-        raise TypeError("`state` is traced, but calibrate merges on the host: call it outside of jit, and jit `step`.")
+        raise TypeError(f"`state` is traced, {OUTSIDE}")
     chosen = [path for path in forest.nodes if select is None or select(shown(path))]
     if not chosen:
         some = ", ".join(shown(path) for path in list(forest.nodes)[:5])

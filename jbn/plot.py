@@ -46,6 +46,7 @@ def moving_average(
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
+        ValueError: steps, batches and running are not of one shape (n,).
 
     Example:
         >>> import matplotlib; matplotlib.use("agg")
@@ -57,6 +58,10 @@ def moving_average(
     Source:
         Ioffe and Szegedy, Batch Normalization, 2015, section 3.1.
     """
+    shapes = {"steps": np.shape(steps), "batches": np.shape(batches), "running": np.shape(running)}
+    if len(set(shapes.values())) > 1 or len(shapes["steps"]) != 1:
+        found = ", ".join(f"`{name}` has shape {shape}" for name, shape in shapes.items())
+        raise ValueError(f"{found}: expected one shape (n,), a value a step.")
     ax = _axes(ax)
     ax.plot(steps, batches, ".", color="0.6", label="batches")
     ax.plot(steps, running, "o-" if len(steps) <= FEW else "-", color="C3", label="running")
@@ -82,8 +87,8 @@ def initial_weight(steps: int, momenta: Mapping[str, float | Schedule] = MOMENTA
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
-        TypeError: steps is no int.
-        ValueError: steps or a momentum is out of range.
+        TypeError: steps is no int, or momenta no mapping.
+        ValueError: steps or a momentum is out of range, or there is no momentum.
 
     Example:
         >>> import matplotlib; matplotlib.use("agg")
@@ -95,6 +100,10 @@ def initial_weight(steps: int, momenta: Mapping[str, float | Schedule] = MOMENTA
     Source:
         `jbn.diagnostics.initial_weight`.
     """
+    if not isinstance(momenta, Mapping):
+        raise TypeError(f"`momenta` is {momenta!r}: expected a mapping from the names to show: {{'0.9': 0.9}}.")
+    if not momenta:
+        raise ValueError("`momenta` is empty: expected at least one, such as {'0.9': 0.9}.")
     ax = _axes(ax)
     updates = np.arange(checked_count("steps", steps, 1) + 1)
     for name, momentum in momenta.items():
@@ -125,7 +134,7 @@ def error_against_momentum(
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
         TypeError: steps or batch_size is no int.
-        ValueError: one of them is out of range.
+        ValueError: one of them is out of range, or there is no distance.
 
     Example:
         >>> import matplotlib; matplotlib.use("agg")
@@ -136,6 +145,9 @@ def error_against_momentum(
     Source:
         `jbn.diagnostics.expected_error` and `best_momentum`.
     """
+    checked_count("steps", steps, 1)
+    if np.ndim(distances) != 1 or not len(distances):
+        raise ValueError(f"`distances` is {distances!r}: expected a sequence of at least one, in standard deviations.")
     ax = _axes(ax)
     rates = np.geomspace(1, 1e-2 / steps, POINTS)
     for place, distance in enumerate(distances):

@@ -426,6 +426,10 @@ def test_refusals(arguments, options, kind, message):
 def test_not_inside_jit():
     with pytest.raises(TypeError, match="`state` is traced"):
         jax.jit(lambda state: jbn.calibrate(identity, state, [X]))(STATE)
+    with pytest.raises(TypeError, match="`batches` are traced"):
+        jax.jit(
+            lambda x: jbn.calibrate(lambda s, x: jbn.batch_norm(jbn.Params(None, None), s, x, True)[1], STATE, [x])
+        )(X)
 
 
 def test_hundreds_of_consequences_are_counted():

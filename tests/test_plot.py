@@ -67,3 +67,20 @@ def test_the_optimum_is_marked():
 def test_lost_channels_are_counted():
     labels = [label.get_text() for label in PICTURES["layers"]().get_xticklabels()]
     assert labels == ["head (2 unset or not finite)", "stem"]
+
+
+@pytest.mark.parametrize(
+    ("draw", "error", "match"),
+    [
+        (lambda: jbn.plot.moving_average([1, 2], [0.0], [0.0, 1.0]), ValueError, r"`batches` has shape \(1,\)"),
+        (lambda: jbn.plot.moving_average(1, 2, 3), ValueError, r"expected one shape \(n,\)"),
+        (lambda: jbn.plot.initial_weight(10, [0.9]), TypeError, r"`momenta` is \[0.9\]"),
+        (lambda: jbn.plot.initial_weight(10, {}), ValueError, "`momenta` is empty"),
+        (lambda: jbn.plot.error_against_momentum(0, 32), ValueError, "`steps` is 0"),
+        (lambda: jbn.plot.error_against_momentum(10, 32, distances=[]), ValueError, r"`distances` is \[\]"),
+        (lambda: jbn.plot.error_against_momentum(10, 32, distances=1.0), ValueError, "`distances` is 1.0"),
+    ],
+)
+def test_bad_input(draw, error, match):
+    with pytest.raises(error, match=match):
+        draw()
