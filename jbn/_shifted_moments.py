@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.custom_derivatives import SymbolicZero
 
 from jbn._collectives import Sharing, every_part, sum_over
 from jbn._shift import shift_row
@@ -58,7 +57,7 @@ def shifted_moments(
     return shared(local, sharing)
 
 
-@functools.partial(shifted_moments.defjvp, symbolic_zeros=True)
+@shifted_moments.defjvp
 def _shifted_moments_jvp(
     reduced: tuple[int, ...], sharing: Sharing | None, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[ShiftedMoments, ShiftedMoments]:
@@ -69,8 +68,6 @@ def _shifted_moments_jvp(
         tangent = valid(x_t, mask).astype(batch.shift.dtype)
         return moments_tangent(batch, *mean_tangents(tangent, deviation(x, mask, batch), batch, reduced, sharing))
 
-    if isinstance(tangents[0], SymbolicZero):
-        return batch, jax.tree.map(jnp.zeros_like, batch)
     return batch, jax.checkpoint(linear, prevent_cse=False)(x, mask, batch, tangents[0])
 
 
