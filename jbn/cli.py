@@ -1,4 +1,4 @@
-"""The command line: `jbn train`, `jbn momentum`, `jbn inspect`."""
+"""The command line: `jbn train`, `jbn bench`, `jbn momentum`, `jbn inspect`."""
 
 import argparse
 import os
@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 import jbn
-from jbn.commands import inspect, momentum, train
+from jbn.commands import bench, inspect, momentum, train
 from jbn.demo.options import OptionError
 
 
@@ -15,7 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="jbn", description="Batch normalization for JAX.")
     parser.add_argument("--version", action="version", version=f"jbn {jbn.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in (train, momentum, inspect):
+    for command in (train, bench, momentum, inspect):
         command.add_parser(commands)
     given = vars(parser.parse_args(arguments))
     name, run = given.pop("command"), given.pop("run")

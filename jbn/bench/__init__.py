@@ -1,0 +1,1 @@
+"""What `jbn bench` runs: cases, peers, times, counts of the compiled programs, and the report."""

@@ -1,0 +1,91 @@
+"""What a compiled program moves and keeps, read off its text: passes over memory, kernels, temporary bytes."""
+
+import math
+import re
+from typing import Any, NamedTuple
+
+FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "copy-start", "copy-done", "after-all"}
+"""Operations that move nothing."""
+ROWS = {"slice", "dynamic-slice", "gather"}
+"""Operations that read a part of their first argument, no larger than what they write."""
+DTYPES = {"pred": 1, "s32": 4, "u32": 4, "s64": 8, "u64": 8, "u8": 1, "s8": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8}
+COMPUTATION = re.compile(r"^(ENTRY )?%([\w.\-]+) .*?\{$(.*?)^\}", re.MULTILINE | re.DOTALL)
+INSTRUCTION = re.compile(r"\s+(?:ROOT )?%([\w.\-]+) = (\(.*?\)(?= [\w\-]+\()|\S+) ([\w\-]+)\((.*)")
+ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
+
+
+class Counts(NamedTuple):
+    """Counts of a compiled program."""
+
+    passes: float
+    """reads and writes of large arrays at the boundaries of kernels, in units of one array"""
+    kernels: int
+    temporary_bytes: int
+
+
+class Instruction(NamedTuple):
+    """A line of a computation."""
+
+    name: str
+    shape: str
+    operation: str
+    arguments: list[str]
+    """Names of instructions; of a parameter, its number."""
+    called: str | None
+
+
+def count(compiled: Any, bytes_of_one: int) -> Counts:
+    """The counts, where arrays of at least half of `bytes_of_one` are large. The body of a loop counts as not run."""
+    computations = _computations(compiled.as_text())
+    moved = kernels = 0
+    shapes: dict[str, str] = {}
+    for instruction in computations[""]:
+        shapes[instruction.name] = instruction.shape
+        if instruction.operation in FREE:
+            continue
+        kernels += 1
+        inner = computations.get(instruction.called or "-", [])
+        read = [
+            shapes.get(name, "")
+            for place, name in enumerate(instruction.arguments)
+            if instruction.operation not in ROWS and not _reads_rows_only(inner, place)
+        ]
+        moved += sum(size for shape in (instruction.shape, *read) for size in _sizes(shape) if size >= bytes_of_one / 2)
+    return Counts(moved / bytes_of_one, kernels, compiled.memory_analysis().temp_size_in_bytes)
+
+
+def _computations(text: str) -> dict[str, list[Instruction]]:
+    """The instructions of each computation; the entry has the name ""."""
+    return {
+        "" if entry else name: [_instruction(line) for line in filter(None, map(INSTRUCTION.match, body.split("\n")))]
+        for entry, name, body in COMPUTATION.findall(text)
+    }
+
+
+def _instruction(line: re.Match[str]) -> Instruction:
+    name, shape, operation, rest = line.groups()
+    given, _, attributes = rest.partition(")")
+    called = re.search(r"calls=%([\w.\-]+)", attributes)
+    arguments = [given] if operation == "parameter" else re.findall(r"%([\w.\-]+)", given)
+    return Instruction(name, shape, operation, arguments, called and called[1])
+
+
+def _reads_rows_only(computation: list[Instruction], place: int) -> bool:
+    """Whether a fused computation takes nothing but slices and gathered rows of its argument at this place."""
+    names = {line.name for line in computation if line.operation == "parameter" and line.arguments == [str(place)]}
+    for line in computation:
+        if names.intersection(line.arguments):
+            if line.operation == "bitcast":
+                names.add(line.name)
+            elif line.operation not in ROWS or line.arguments[0] not in names:
+                return False
+    return bool(names)
+
+
+def _sizes(shape: str) -> list[int]:
+    """Bytes of each array of a shape, without those in a TPU's fast memory."""
+    return [
+        DTYPES[dtype] * math.prod(int(size) for size in sizes.split(",") if size)
+        for dtype, sizes, layout in ARRAY.findall(shape)
+        if dtype in DTYPES and "S(1)" not in layout
+    ]

@@ -1,0 +1,135 @@
+"""What the records say, as text and as plain data."""
+
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+import jax
+import numpy as np
+
+from jbn.bench.run import FAR_MEAN, Record
+from jbn.bench.timing import Spread, ratios, spread
+from jbn.diagnostics import Table
+
+PACKAGES = ("jbn", "jax", "jaxlib", "flax", "dm-haiku", "equinox", "keras", "torch")
+
+LEGEND = """ms: median time of jbn. memory: the share of this machine's copy bandwidth that jbn reaches, counting the least
+bytes that the work must move; above 100% where caches help. The other columns are time over jbn's, round by round:
+above 1 jbn is faster. ± is half the distance of the quartiles. ! marks numbers that are wrong by more than rounding
+explains: no rival."""
+COUNTED = """passes: reads and writes of arrays like x, over what no program can do without. temporary, kept: memory beside
+inputs and outputs, and what the forward pass keeps for the backward pass, in arrays like x."""
+
+
+def machine(threads_of_torch: str | None) -> dict[str, Any]:
+    """Versions, device and threads."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    device = jax.devices()[0]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "versions": versions,
+        "device": f"{device.device_kind} ({device.platform})",
+        "cores": cores,
+        "python": platform.python_version(),
+        "torch": threads_of_torch,
+    }
+
+
+def times(records: Sequence[Record], peers: Sequence[str]) -> Table:
+    """A line for each case and mode."""
+    rows = []
+    for record in records:
+        ours = spread(record.seconds["jbn"])
+        cells = [_cell(record, peer) for peer in peers]
+        rows.append((record.case, record.mode, f"{1e3 * ours.median:.3g}", _share(record), *cells))
+    return Table(("case", "what", "ms", "memory", *peers), rows)
+
+
+def counts(records: Sequence[Record], peers: Sequence[str]) -> Table:
+    """What the compiled programs of jbn and of one or two peers move and keep."""
+    rows = []
+    for record in records:
+        for peer in peers:
+            if record.size and (counted := record.counts.get(peer)):
+                least = f"{counted.passes:.1f}" + (f" / {record.least_passes}" if record.least_passes else "")
+                kept = record.residual_bytes.get(peer)
+                temporary = f"{counted.temporary_bytes / record.size:.2f}"
+                rows.append(
+                    (record.case, record.mode, peer, least, str(counted.kernels), temporary, _in_arrays(kept, record))
+                )
+    return Table(("case", "what", "of", "passes", "kernels", "temporary", "kept"), rows)
+
+
+def summary(records: Sequence[Record], peers: Sequence[str], far: Mapping[str, float], far_allowed: float) -> list[str]:
+    """Where peers win, how much on average, and whose numbers are wrong."""
+    lines = []
+    for peer in peers:
+        of_peer = [ratio for record in records if (ratio := rival(record, peer))]
+        if of_peer:
+            mean = math.exp(np.mean([math.log(ratio.median) for ratio in of_peer]))
+            lines.append(f"{peer}: {mean:.2f} times jbn's time, geometric mean of {len(of_peer)} measurements")
+    for record in records:
+        faster = [f"{peer} ({r.median:.2f})" for peer in peers if (r := rival(record, peer)) and r.high < 1]
+        if faster:
+            lines.append(f"faster than jbn at {record.case}, {record.mode}: {', '.join(faster)}")
+    wrong = [f"{peer} ({error:.1g})" for peer, error in far.items() if error > far_allowed]
+    lines.append(
+        f"float32 data {FAR_MEAN:g} standard deviations from 0, where rounding explains a relative error of "
+        f"{far_allowed:.1g}: " + (f"wrong are {', '.join(wrong)}" if wrong else "all are right")
+    )
+    return lines
+
+
+def rival(record: Record, peer: str) -> Spread | None:
+    """Its time over jbn's; None where it did not run or computes something else."""
+    if peer not in record.seconds or peer == "jbn" or _is_wrong(record, peer):
+        return None
+    return ratios(record.seconds[peer], record.seconds["jbn"])
+
+
+def data(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """The records in plain values, with every sample."""
+    return [
+        {
+            **record._asdict(),
+            "counts": {peer: counted._asdict() for peer, counted in record.counts.items()},
+            # JSON has no infinity.
+            "errors": {peer: error if math.isfinite(error) else None for peer, error in record.errors.items()},
+            "ratios": {
+                peer: ratios(seconds, record.seconds["jbn"])._asdict() for peer, seconds in record.seconds.items()
+            },
+        }
+        for record in records
+    ]
+
+
+def _cell(record: Record, peer: str) -> str | None:
+    if peer not in record.seconds:
+        return None
+    ratio = ratios(record.seconds[peer], record.seconds["jbn"])
+    mark = "!" if _is_wrong(record, peer) else ""
+    return f"{ratio.median:.2f} ±{(ratio.high - ratio.low) / 2:.2f}{mark}"
+
+
+def _is_wrong(record: Record, peer: str) -> bool:
+    return record.allowed is not None and record.errors.get(peer, 0.0) > record.allowed
+
+
+def _share(record: Record) -> str | None:
+    """The least bytes that must move, over what a copy moves in the same time."""
+    if record.copy_seconds is None or record.least_passes is None:
+        return None
+    faster = [copy / ours for copy, ours in zip(record.copy_seconds, record.seconds["jbn"], strict=True)]
+    return f"{spread(faster).median * record.least_passes / 2:.0%}"
+
+
+def _in_arrays(found: int | None, record: Record) -> str | None:
+    return None if found is None or record.size is None else f"{found / record.size:.2f}"

@@ -1,0 +1,145 @@
+"""All programs of the cases, measured: a record for each case and mode."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+import jbn
+from jbn.bench import numbers, programs, torch_programs
+from jbn.bench.cases import LEAST_PASSES, Case, Chain, Network
+from jbn.bench.counts import Counts, count
+from jbn.bench.layers import LAYERS, Layer
+from jbn.bench.programs import Batch, Program
+from jbn.bench.timing import measure
+
+TORCH = {"torch-last": True, "torch-first": False}
+"""Whether channels are last in memory."""
+PEERS = (*LAYERS, *TORCH)
+IN_NETWORKS = ("jbn", "linen", "linen-2pass", "nnx")
+"""Whose ResNet-50 is compiled, which takes minutes for each on a CPU."""
+FAR = Case("far", (8192, 64))
+FAR_MEAN = 1e4
+
+
+class Record(NamedTuple):
+    """What was found for one case and mode; dictionaries are by peer."""
+
+    case: str
+    mode: str
+    seconds: dict[str, list[float]]
+    """a number for each round"""
+    counts: dict[str, Counts]
+    residual_bytes: dict[str, int]
+    errors: dict[str, float]
+    allowed: float | None = None
+    size: int | None = None
+    """bytes of x"""
+    least_passes: int | None = None
+    copy_seconds: list[float] | None = None
+
+
+def importable(names: Sequence[str]) -> tuple[dict[str, Layer | None], dict[str, str]]:
+    """The layers of the peers that are installed, None for PyTorch's, and why others are not there."""
+    found: dict[str, Layer | None] = {}
+    missing = {}
+    for name in names:
+        try:
+            found[name] = LAYERS[name]() if name in LAYERS else None
+            if name in TORCH:
+                torch_programs.description()
+        except ImportError as error:
+            missing[name] = str(error)
+    return found, missing
+
+
+def work(cases: Sequence[Any]) -> int:
+    """The number of records that the cases come to."""
+    return sum(len(case.modes) if isinstance(case, Case) else 1 for case in cases)
+
+
+def run(cases: Sequence[Any], layers: Mapping[str, Layer | None], rounds: int) -> Iterator[Record]:
+    """The records, one by one."""
+    for case in cases:
+        if isinstance(case, Case):
+            yield from _run_case(case, layers, rounds)
+        elif isinstance(case, Chain):
+            yield _record(case.label, "forward+backward", _chains(case, layers), rounds, case.size)
+        else:
+            yield _record(case.label, "training step", _networks(case, layers), rounds, None)
+
+
+def far_errors(layers: Mapping[str, Layer | None]) -> tuple[dict[str, float], float]:
+    """Errors in float32 where the mean is FAR_MEAN standard deviations, and what rounding explains there."""
+    batch = programs.batch(FAR, np.random.default_rng(0), FAR_MEAN)
+    return _errors(FAR, layers, batch), numbers.allowed("float32", FAR_MEAN)
+
+
+def _run_case(case: Case, layers: Mapping[str, Layer | None], rounds: int) -> Iterator[Record]:
+    layers = {name: layer for name, layer in layers.items() if not case.masked or (layer and layer.takes_mask)}
+    given = programs.batches(case)
+    errors = _errors(case, layers, given[0])
+    orders = {layer.channels_first for layer in layers.values() if layer}
+    placed = {first: programs.on_device(given, first) for first in orders}
+    for mode in case.modes:
+        found = {
+            name: programs.layer_program(layer, case, mode, placed[layer.channels_first])
+            if layer
+            else torch_programs.layer_program(case, mode, given, TORCH[name])
+            for name, layer in layers.items()
+        }
+        found["copy"] = programs.copy_program(case)
+        record = _record(case.label, mode, found, rounds, case.size)
+        copy_seconds = record.seconds.pop("copy")
+        record.counts.pop("copy")
+        yield record._replace(
+            errors=errors,
+            allowed=numbers.allowed(case.dtype),
+            least_passes=LEAST_PASSES[mode],
+            copy_seconds=copy_seconds,
+        )
+
+
+def _record(label: str, mode: str, found: Mapping[str, Program], rounds: int, size: int | None) -> Record:
+    seconds = measure(found, rounds)
+    compiled = {name: program.compiled for name, program in found.items() if program.compiled is not None}
+    counts = {name: count(program, size or 2**20) for name, program in compiled.items()}
+    residuals = {name: program.residual_bytes for name, program in found.items() if program.residual_bytes is not None}
+    return Record(label, mode, seconds, counts, residuals, {}, size=size)
+
+
+def _chains(chain: Chain, layers: Mapping[str, Layer | None]) -> dict[str, Program]:
+    found = {name: programs.chain_program(layer, chain) for name, layer in layers.items() if layer}
+    if "torch-last" in layers and not chain.scan:
+        found["torch-last"] = torch_programs.chain_program(chain)
+    return found
+
+
+def _networks(network: Network, layers: Mapping[str, Layer | None]) -> dict[str, Program]:
+    found = {}
+    for name in IN_NETWORKS:
+        if layer := layers.get(name):
+            found[name] = programs.network_program(layer, network)
+            if name == "jbn":
+                found["jbn-remat"] = programs.network_program(layer, network, jbn.checkpoint_policy)
+    return found
+
+
+def _errors(case: Case, layers: Mapping[str, Layer | None], batch: Batch) -> dict[str, float]:
+    """How far each peer's training is from the formula."""
+    right = numbers.expected(batch, case.relu)
+    return {name: numbers.error(_result(name, layer, case, batch), right, batch.mask) for name, layer in layers.items()}
+
+
+def _result(name: str, layer: Layer | None, case: Case, batch: Batch) -> list[np.ndarray]:
+    """Output and gradients with channels last."""
+    mode = "forward+backward"
+    if layer is None:
+        program = torch_programs.layer_program(case, mode, [batch], TORCH[name])
+        out, _, gradients = torch_programs.in_numpy(program.run(program.prepare(0)))
+        return [out, *gradients]
+    program = programs.layer_program(layer, case, mode, programs.on_device([batch], layer.channels_first))
+    out, _, gradients = program.run(program.prepare(0))
+    arrays = [np.asarray(array, np.float64) for array in jax.device_get([out, *gradients])]
+    return [np.moveaxis(array, 1, -1) if layer.channels_first and array.ndim > 1 else array for array in arrays]

@@ -1,0 +1,116 @@
+"""The same programs in PyTorch, eager, where its own kernels run."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from jbn.bench.cases import Case, Chain
+from jbn.bench.layers import EPSILON, MOMENTUM
+from jbn.bench.programs import Batch, Program
+
+
+def layer_program(case: Case, mode: str, given: list[Batch], channels_last: bool) -> Program:
+    """A mode of a case; a masked case has no counterpart."""
+    import torch
+
+    norm = _norm(case.shape[-1], len(case.shape)).train(mode != "inference")
+    norm.weight.data, norm.bias.data = (_tensor(array) for array in given[0][3:])
+    held = [[_placed(array, channels_last) for array in batch[:2]] for batch in given]
+
+    def forward(number: int) -> Any:
+        x = held[number % len(held)][0].requires_grad_(mode != "inference")
+        out = norm(x)
+        return x, torch.relu(out) if case.relu else out
+
+    def gradient(x: Any, out: Any, number: int) -> Any:
+        return torch.autograd.grad(out, [norm.weight, norm.bias, x], held[number % len(held)][1])
+
+    def inferred(number: int) -> Any:
+        with torch.no_grad():
+            return forward(number)[1]
+
+    def both(number: int) -> Any:
+        x, out = forward(number)
+        return out, None, gradient(x, out, number)
+
+    if mode == "backward":
+        return Program(lambda number: (*forward(number), number), lambda given: gradient(*given), _wait)
+    run = {"inference": inferred, "forward": forward, "forward+backward": both}[mode]
+    return Program(lambda number: number, run, _wait)
+
+
+def chain_program(chain: Chain) -> Program:
+    """Gradient of a chain of layers."""
+    import torch
+
+    dtype = getattr(torch, chain.dtype)
+    made = torch.Generator().manual_seed(0)
+    weights = torch.randn(chain.layers, chain.width, chain.width, generator=made) / chain.width**0.5
+    weights = weights.to(_device(), dtype).requires_grad_()
+    inputs = [torch.randn(chain.rows, chain.width, generator=made).to(_device(), dtype) for _ in range(2)]
+    norms = [_norm(chain.width, 2) for _ in range(chain.layers)]
+
+    def run(number: int) -> Any:
+        x = inputs[number % len(inputs)]
+        for weight, norm in zip(weights, norms, strict=True):
+            x = torch.relu(norm(x @ weight))
+        return torch.autograd.grad(x.float().square().mean(), weights)
+
+    return Program(lambda number: number, run, _wait)
+
+
+def in_numpy(result: Any) -> Any:
+    """Tensors as float64 arrays with channels last."""
+    import torch
+
+    def converted(leaf: Any) -> Any:
+        array = leaf.detach().double().cpu().numpy()
+        return np.moveaxis(array, 1, -1) if array.ndim > 1 else array
+
+    return jax.tree.map(converted, result, is_leaf=lambda leaf: isinstance(leaf, torch.Tensor))
+
+
+def description() -> str:
+    """Where PyTorch runs."""
+    import torch
+
+    return f"torch {torch.__version__} on {_device().type}, {torch.get_num_threads()} threads"
+
+
+def _norm(features: int, rank: int) -> Any:
+    import torch
+
+    kinds = {2: torch.nn.BatchNorm1d, 3: torch.nn.BatchNorm1d, 4: torch.nn.BatchNorm2d}
+    return kinds[rank](features, EPSILON, 1 - MOMENTUM, device=_device())
+
+
+def _device() -> Any:
+    import torch
+
+    on_gpu = jax.default_backend() == "gpu" and torch.cuda.is_available()
+    return torch.device("cuda" if on_gpu else "cpu")
+
+
+def _tensor(array: np.ndarray) -> Any:
+    """A tensor of the array's dtype; NumPy's bfloat16 goes by float32, which holds it exactly."""
+    import torch
+
+    return torch.tensor(array.astype(np.float32)).to(_device(), getattr(torch, array.dtype.name))
+
+
+def _placed(array: np.ndarray, channels_last: bool) -> Any:
+    """As PyTorch orders axes, channels second, and laid out in memory as asked."""
+    import torch
+
+    tensor = torch.movedim(_tensor(array), -1, 1)
+    if channels_last and tensor.ndim == 4:
+        return tensor.contiguous(memory_format=torch.channels_last)
+    return tensor if channels_last else tensor.contiguous()
+
+
+def _wait(result: Any) -> None:
+    if _device().type == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
