@@ -16,12 +16,12 @@ from jbn.diagnostics import Table
 
 PACKAGES = ("jbn", "jax", "jaxlib", "flax", "dm-haiku", "equinox", "keras", "torch")
 
-LEGEND = """ms: median time of jbn. memory: the share of this machine's copy bandwidth that jbn reaches, counting the least
-bytes that the work must move; above 100% where caches help. The other columns are time over jbn's, round by round:
-above 1 jbn is faster. ± is half the distance of the quartiles. ! marks numbers that are wrong by more than rounding
-explains: no rival."""
-COUNTED = """passes: reads and writes of arrays like x, over what no program can do without. temporary, kept: memory beside
-inputs and outputs, and what the forward pass keeps for the backward pass, in arrays like x."""
+LEGEND = """ms: median time of jbn. memory: the share of this machine's copy bandwidth that jbn reaches, counting the
+least bytes that the work must move; above 100% where caches help. The other columns are time over jbn's, round by
+round: above 1 jbn is faster. ± is half the distance of the quartiles. ! marks numbers that are wrong by more than
+rounding explains: no rival."""
+COUNTED = """passes: reads and writes of arrays like x, over what no program can do without. temporary, kept: memory
+beside inputs and outputs, and what the forward pass keeps for the backward pass, in arrays like x."""
 
 
 def machine(threads_of_torch: str | None) -> dict[str, Any]:

@@ -1,0 +1,95 @@
+"""Under jax.checkpoint with jbn's policy: what is kept, and that nothing dear runs twice."""
+
+import collections
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.ad_checkpoint import print_saved_residuals
+from jax.sharding import AxisType, PartitionSpec
+
+import jbn
+
+DEAR = ("conv_general_dilated", "dot_general", "reduce_sum", "psum", "psum_invariant", "all_gather")
+PARAMS, STATE = jbn.init(4)
+X = jnp.ones((8, 6, 6, 4))
+KERNELS = jnp.ones((2, 3, 3, 4, 4))
+
+
+def block(kernels, x, axis_name=None):
+    """Convolution, norm and relu, twice."""
+    states = []
+    for kernel in kernels:
+        y = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        x, state = jbn.batch_norm(PARAMS, STATE, y, True, activation=jax.nn.relu, axis_name=axis_name)
+        states.append(state)
+    return x, states
+
+
+def loss(block, kernels, x):
+    out, states = block(kernels, x)
+    return jnp.mean(out**3), states
+
+
+def checkpointed(block):
+    return jax.checkpoint(block, policy=jbn.checkpoint_policy)
+
+
+def counted(program):
+    """How often each dear primitive stands in a program, everything that it calls included."""
+    found = collections.Counter(e.primitive.name for e in program.eqns if e.primitive.name in DEAR)
+    for equation in program.eqns:
+        for value in equation.params.values():
+            if hasattr(inner := getattr(value, "jaxpr", value), "eqns"):
+                found += counted(inner)
+    return found
+
+
+def gradient(block):
+    return jax.grad(functools.partial(loss, block), argnums=(0, 1), has_aux=True)
+
+
+def test_nothing_dear_runs_twice():
+    plain, under = (counted(jax.make_jaxpr(gradient(b))(KERNELS, X).jaxpr) for b in (block, checkpointed(block)))
+    assert plain["conv_general_dilated"] == 6
+    assert under == plain
+    everything = counted(jax.make_jaxpr(gradient(jax.checkpoint(block)))(KERNELS, X).jaxpr)
+    assert everything["conv_general_dilated"] > plain["conv_general_dilated"]
+    assert everything["reduce_sum"] > plain["reduce_sum"]
+
+
+def test_no_collective_runs_twice():
+    mesh = jax.make_mesh((8,), ("i",), axis_types=(AxisType.Auto,))
+    shared = functools.partial(block, axis_name="i")
+
+    def program(block):
+        specs = PartitionSpec(), PartitionSpec("i")
+        sharded = jax.shard_map(gradient(block), mesh=mesh, in_specs=specs, out_specs=(specs, PartitionSpec()))
+        return counted(jax.make_jaxpr(sharded)(KERNELS, X).jaxpr)
+
+    plain, under, everything = map(program, (shared, checkpointed(shared), jax.checkpoint(shared)))
+    assert sum(plain[name] for name in DEAR[3:]) >= 4
+    assert under == plain
+    assert sum(everything[name] for name in DEAR[3:]) > sum(plain[name] for name in DEAR[3:])
+
+
+def test_activations_are_not_kept(capsys):
+    def kept(block):
+        print_saved_residuals(functools.partial(loss, block), KERNELS, X)
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("f32[8,6,6,4]")]
+
+    assert any("_standardize" in line for line in kept(block))
+    of_policy = kept(checkpointed(block))
+    assert not any("_standardize" in line for line in of_policy)
+    assert sum("conv_general_dilated" in line for line in of_policy) == 2
+
+
+@pytest.mark.parametrize("wrap", [jax.jit, lambda f: f], ids=["jit", "eager"])
+def test_same_numbers(rng, wrap):
+    x = jnp.asarray(rng.normal(2, 3, X.shape), jnp.float32)
+    kernels = jnp.asarray(rng.normal(size=KERNELS.shape), jnp.float32)
+    plain, under = (wrap(gradient(b))(kernels, x) for b in (block, checkpointed(block)))
+    for ours, right in zip(jax.tree.leaves(under), jax.tree.leaves(plain), strict=True):
+        largest = float(jnp.max(jnp.abs(right)))
+        assert float(jnp.max(jnp.abs(ours - right))) <= 1e-5 * largest
