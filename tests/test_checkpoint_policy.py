@@ -79,10 +79,8 @@ def test_activations_are_not_kept(capsys):
         print_saved_residuals(functools.partial(loss, block), KERNELS, X)
         return [line for line in capsys.readouterr().out.splitlines() if line.startswith("f32[8,6,6,4]")]
 
-    assert any("_standardize" in line for line in kept(block))
-    of_policy = kept(checkpointed(block))
-    assert not any("_standardize" in line for line in of_policy)
-    assert sum("conv_general_dilated" in line for line in of_policy) == 2
+    assert any("_activation" in line for line in kept(block))
+    assert not any("_activation" in line for line in kept(checkpointed(block)))
 
 
 @pytest.mark.parametrize("wrap", [jax.jit, lambda f: f], ids=["jit", "eager"])
