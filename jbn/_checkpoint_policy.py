@@ -16,6 +16,7 @@ def checkpoint_policy(primitive: Any, *arguments: Any, **parameters: Any) -> boo
 
     A block of convolution, norm and activation keeps its convolution's output alone, where it otherwise keeps what the
     next convolution reads as well. No convolution, no reduction and no collective of the forward pass runs twice.
+    What the checkpointed function is given is kept too, so it saves more around several blocks than around each.
 
     Args:
         primitive: what is asked about; it is `jax.checkpoint` that calls the policy.

@@ -104,6 +104,16 @@ def test_a_peer_that_is_not_installed_is_named(monkeypatch):
     assert run.importable(["jbn", "haiku"])[1] == {"haiku": "no such library"}
 
 
+def test_pytorch_is_left_out_where_it_is_not_installed(monkeypatch):
+    def absent():
+        raise ImportError("no such library")
+
+    monkeypatch.setattr(run.torch_programs, "description", absent)
+    layers, missing = run.importable(["jbn", "torch-last", "torch-first"])
+    assert list(layers) == ["jbn"]
+    assert missing == dict.fromkeys(["torch-last", "torch-first"], "no such library")
+
+
 def test_cases_fit_on_this_machine_and_quick_ones_are_few():
     assert run.work(quick_cases()) <= 10
     assert max(case.size for case in all_cases(on_cpu=True) if isinstance(case, Case)) < 2**28

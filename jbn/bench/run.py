@@ -46,9 +46,9 @@ def importable(names: Sequence[str]) -> tuple[dict[str, Layer | None], dict[str,
     missing = {}
     for name in names:
         try:
-            found[name] = LAYERS[name]() if name in LAYERS else None
             if name in TORCH:
                 torch_programs.description()
+            found[name] = LAYERS[name]() if name in LAYERS else None
         except ImportError as error:
             missing[name] = str(error)
     return found, missing
