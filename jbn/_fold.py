@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jbn import _arguments
-from jbn._shifted_moments import arithmetic_dtype
+from jbn._precision import arithmetic_dtype
 from jbn._state import Params, State
 
 

@@ -9,7 +9,8 @@ from jax.typing import ArrayLike
 
 from jbn import _arguments
 from jbn._collectives import AxisName, IndexGroups, checked_sharing
-from jbn._shifted_moments import ShiftedMoments, arithmetic_dtype, shifted_moments, union
+from jbn._precision import arithmetic_dtype
+from jbn._shifted_moments import ShiftedMoments, shifted_moments, union
 
 
 class Moments(NamedTuple):

@@ -9,7 +9,8 @@ from jax.typing import ArrayLike
 
 from jbn import _arguments
 from jbn._activation import Activation
-from jbn._shifted_moments import ShiftedMoments, arithmetic_dtype
+from jbn._precision import arithmetic_dtype
+from jbn._shifted_moments import ShiftedMoments
 from jbn._standardize import Affine, Rule, closed_activation, transform
 from jbn._state import Params, State
 

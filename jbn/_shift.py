@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from jbn._precision import widened
+
 
 def shift_row(x: jax.Array, mask: jax.Array | None, reduced: tuple[int, ...], count: jax.Array) -> jax.Array:
     """A value of the data near each feature's mean, so that a constant feature stays exact.
@@ -37,8 +39,19 @@ def _indexed_automatically(
 
 def _median_of_rows(x: jax.Array, mask: jax.Array | None, *, reduced: tuple[int, ...]) -> jax.Array:
     """The elementwise median of three rows."""
-    a, b, c = _rows_of_the_first_example(x, reduced) if mask is None else _valid_rows(x, mask, reduced)
-    return jnp.maximum(jnp.minimum(a, b), jnp.minimum(jnp.maximum(a, b), c))
+
+    def rows(x: jax.Array) -> list[jax.Array]:
+        return _rows_of_the_first_example(x, reduced) if mask is None else _valid_rows(x, mask, reduced)
+
+    def rows_by_bits(x: jax.Array) -> list[jax.Array]:
+        bits = rows(jax.lax.bitcast_convert_type(x, jnp.uint16))
+        return [jax.lax.bitcast_convert_type(row, x.dtype) for row in bits]
+
+    # XLA for CPU slices bfloat16 by turning the whole of it to float32, but takes its bits as they are.
+    is_short = x.dtype == jnp.bfloat16
+    a, b, c = jax.lax.platform_dependent(x, cpu=rows_by_bits, default=rows) if is_short else rows(x)
+    a, b, c = map(widened, (a, b, c))
+    return jnp.maximum(jnp.minimum(a, b), jnp.minimum(jnp.maximum(a, b), c)).astype(x.dtype)
 
 
 def _rows_of_the_first_example(x: jax.Array, reduced: tuple[int, ...]) -> list[jax.Array]:

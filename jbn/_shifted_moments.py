@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jbn._collectives import Sharing, every_part, sum_over
+from jbn._fusion import apart_on_cpu
+from jbn._precision import arithmetic_dtype, widened
 from jbn._shift import shift_row
 
 NAME = "jbn_statistics"
@@ -28,11 +30,6 @@ class ShiftedMoments(NamedTuple):
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]  optax's word, dearer than tuple.count
 
 
-def arithmetic_dtype(x: jax.Array) -> Any:
-    """The dtype to compute in: float32 at least."""
-    return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
-
-
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 @functools.partial(jax.jit, static_argnums=(2, 3), inline=True)
 def shifted_moments(
@@ -49,12 +46,29 @@ def shifted_moments(
     shift = jax.lax.stop_gradient(shift_row(x, mask, reduced, count))
     x = x if mask is None else jnp.where(mask, x, shift)
     shift = shift.astype(dtype)
-    centered = x.astype(dtype) - shift
     divisor = jnp.maximum(count, 1)
-    offset = jnp.sum(centered, axis=reduced, keepdims=True) / divisor
-    mean_square = jnp.sum(centered * centered, axis=reduced, keepdims=True) / divisor
+    offset, mean_square = (total / divisor for total in _sums(x, shift, reduced))
     local = ShiftedMoments(shift, offset, jnp.maximum(mean_square - offset * offset, 0), count)
     return shared(local, sharing)
+
+
+def _sums(x: jax.Array, shift: jax.Array, reduced: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """The sums of x - shift and of its square."""
+
+    def two_reductions(x: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
+        centered, again = (x.astype(shift.dtype) - apart_on_cpu(shift, fault) for fault in (jnp.inf, -jnp.inf))
+        return jnp.sum(centered, reduced, keepdims=True), jnp.sum(again * again, reduced, keepdims=True)
+
+    def one_reduction(x: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # Of z*1 and z*z, along a new first axis.
+        square, plain = (jnp.array(pair, shift.dtype).reshape(2, *(1,) * x.ndim) for pair in ([0, 1], [1, 0]))
+        centered = jnp.broadcast_to(x[None], (2, *x.shape)).astype(shift.dtype) - shift[None]
+        sums = jnp.sum(centered * (centered * square + plain), [axis + 1 for axis in reduced], keepdims=True)
+        return sums[0], sums[1]
+
+    if x.dtype == jnp.bfloat16:
+        return jax.lax.platform_dependent(x, shift, cpu=one_reduction, default=two_reductions)
+    return two_reductions(x, shift)
 
 
 @shifted_moments.defjvp
@@ -94,7 +108,13 @@ def moments_tangent(batch: ShiftedMoments, mean_t: jax.Array, covariance: jax.Ar
 
 def deviation(x: jax.Array, mask: jax.Array | None, batch: ShiftedMoments) -> jax.Array:
     """(x - shift) - offset, in that order: the difference from the shift is nearly exact, the mean itself is not."""
-    return (valid(x, mask).astype(batch.shift.dtype) - batch.shift) - batch.offset
+    return (widened(valid(x, mask)) - batch.shift) - batch.offset
+
+
+def deviation_to_sum(x: jax.Array, mask: jax.Array | None, batch: ShiftedMoments) -> jax.Array:
+    """The same, for a reduction."""
+    shift, offset = (apart_on_cpu(vector, jnp.nan) for vector in (batch.shift, batch.offset))
+    return (valid(x, mask).astype(shift.dtype) - shift) - offset
 
 
 def valid(x: jax.Array, mask: jax.Array | None) -> jax.Array:

@@ -10,9 +10,11 @@ from jax.custom_derivatives import SymbolicZero
 
 from jbn._activation import Activation, ClosedActivation, closed
 from jbn._collectives import Sharing
+from jbn._fusion import apart_on_gpu
 from jbn._shifted_moments import (
     ShiftedMoments,
     deviation,
+    deviation_to_sum,
     mean_tangents,
     moments_tangent,
     remembered,
@@ -125,7 +127,8 @@ def _tangent(
         mean_t, covariance = mean_tangents(tangent, centered, batch, rule.reduced, rule.sharing)
     constant = affine_t.bias - slope * mean_t
     along = (affine_t.scale - slope * rstd * covariance) * rstd
-    terms = [centered * along, constant] if tangent is None else [centered * along, constant, slope * tangent]
+    # In the transpose, the first and second are reductions.
+    terms = [deviation_to_sum(x, mask, batch) * along, constant, *([] if tangent is None else [slope * tangent])]
     if rule.activation is None:
         out_t = sum(terms[1:], terms[0])
     else:
@@ -154,7 +157,7 @@ def _after_activation(
     ]
     _, out_t = jax.jvp(activation, (centered * affine.scale + affine.bias, *captured), (terms[0], *values_t))
     for term in terms[1:]:
-        affine = Affine(*_apart_on_gpu(*affine))
+        affine = Affine(*apart_on_gpu(*affine))
         before = centered * affine.scale + affine.bias
         # Zeros of its argument broadcast the term to its shape and to its sharding.
         before_t = jnp.zeros_like(before) + term
@@ -188,13 +191,6 @@ def closed_activation(
     # By shape evaluation, since the type that the activation meets has a sharding and mapped axes too.
     before = jax.eval_shape(lambda: valid(x, mask).astype(affine.scale.dtype) * affine.scale + affine.bias)
     return closed(activation, before)
-
-
-def _apart_on_gpu(*vectors: jax.Array) -> tuple[jax.Array, ...]:
-    """The vectors, of which a GPU's compiler no longer knows that they are the same."""
-    return jax.lax.platform_dependent(
-        *vectors, cuda=lambda *same: tuple(jax.lax.optimization_barrier(same)), default=lambda *same: same
-    )
 
 
 def _rstd(rule: Rule, batch: ShiftedMoments) -> jax.Array:

@@ -1,4 +1,4 @@
-"""`jbn bench`: the counts and errors that it reports, the command, and jbn's own counts beside Flax's."""
+"""`jbn bench`: the counts and errors that it reports, and the command."""
 
 import json
 import math
@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from jbn import cli
-from jbn.bench import counts, numbers, programs, report, run, timing
-from jbn.bench.cases import MODES, Case, Chain, Network, all_cases, quick_cases
+from jbn.bench import counts, data, numbers, programs, report, run, timing
+from jbn.bench.cases import MODES, Case, Network, all_cases, quick_cases
 from jbn.bench.layers import LAYERS, linen_layer
 from jbn.bench.run import Record
 
@@ -53,7 +53,7 @@ ENTRY %main (p: f32[8,128]) -> (f32[8,128], f32[8,128]) {
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_formula_is_that_of_jbn(case, dtype):
     case = case._replace(dtype=dtype)
-    batch = programs.batch(case, np.random.default_rng(0))
+    batch = data.batch(case, np.random.default_rng(0))
     errors = run._errors(case, {"jbn": LAYERS["jbn"]()}, batch)
     assert 0 < errors["jbn"] <= numbers.allowed(dtype)
 
@@ -61,7 +61,7 @@ def test_the_formula_is_that_of_jbn(case, dtype):
 def test_wrong_numbers_are_noticed():
     layer = LAYERS["jbn"]()
     wrong = layer._replace(train=lambda scale, *rest: layer.train(scale * 1.0001, *rest))
-    batch = programs.batch(SMALL, np.random.default_rng(0))
+    batch = data.batch(SMALL, np.random.default_rng(0))
     errors = run._errors(SMALL, {"right": layer, "wrong": wrong}, batch)
     assert errors["right"] < numbers.allowed("float32") < errors["wrong"]
     assert numbers.error([np.array([1.0, np.nan])], (np.array([1.0, 2.0]),)) == math.inf
@@ -152,7 +152,7 @@ def test_command_writes_what_it_found(tmp_path, capsys):
     arguments = ["bench", "--quick", "--cases", "masked", "--peers", "linen", "--rounds", "1", "--out", str(tmp_path)]
     assert cli.main(arguments) == 0
     printed = capsys.readouterr().out
-    assert "masked 16x256x256 float32" in printed
+    assert "masked sequence 16x256x256 float32" in printed
     assert "again: jbn bench --quick --cases masked --peers linen --rounds 1" in printed
     found = json.loads((tmp_path / "bench.json").read_text())
     assert found["versions"]["jax"] == jax.__version__
@@ -175,14 +175,3 @@ def test_bad_options(arguments, message, capsys):
         cli.main(["bench", "--quick", *arguments])
     assert error.value.code == 2
     assert message in capsys.readouterr().err
-
-
-@pytest.mark.peers
-@pytest.mark.parametrize(("dtype", "most"), [("float32", 0.70), ("bfloat16", 0.75)])
-def test_scanned_layers_need_less_memory_than_flax(dtype, most):
-    chain = Chain("scanned", 256, 64, 8, True, dtype)
-    ours, theirs = (
-        programs.chain_program(LAYERS[name](), chain).compiled.memory_analysis().temp_size_in_bytes
-        for name in ("jbn", "linen")
-    )
-    assert ours <= most * theirs

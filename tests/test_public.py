@@ -47,16 +47,18 @@ def test_core_imports_point_one_way():
         "_arguments": set(),
         "_collectives": set(),
         "momentum": {"_arguments"},
-        "_shift": set(),
-        "_shifted_moments": {"_collectives", "_shift"},
+        "_shift": {"_precision"},
+        "_shifted_moments": {"_collectives", "_fusion", "_precision", "_shift"},
         "_checkpoint_policy": {"_shifted_moments"},
-        "_moments": {"_arguments", "_collectives", "_shifted_moments"},
+        "_moments": {"_arguments", "_collectives", "_precision", "_shifted_moments"},
         "_activation": set(),
-        "_standardize": {"_activation", "_collectives", "_shifted_moments"},
+        "_standardize": {"_activation", "_collectives", "_fusion", "_shifted_moments"},
+        "_fusion": set(),
+        "_precision": set(),
         "_state": {"_arguments", "_moments", "_nodes", "momentum"},
         "_nodes": set(),
         "renorm": {"_arguments", "momentum"},
-        "_normalize": {"_activation", "_arguments", "_shifted_moments", "_standardize", "_state"},
+        "_normalize": {"_activation", "_arguments", "_precision", "_shifted_moments", "_standardize", "_state"},
         "_forward": {
             "_activation",
             "_arguments",
@@ -73,7 +75,7 @@ def test_core_imports_point_one_way():
         "_calibrate": {"_calibration_faults", "_nodes"},
         "_calibration_faults": {"_nodes"},
         "_merge_states": {"_arguments", "_moments", "_shifted_moments", "_state"},
-        "_fold": {"_arguments", "_shifted_moments", "_state"},
+        "_fold": {"_arguments", "_precision", "_state"},
         "_flax": {"_arguments", "_batch_norm", "_batch_renorm", "_state"},
         "linen": {"_batch_renorm", "_collectives", "_flax", "_state", "momentum"},
         "nnx": {"_arguments", "_batch_renorm", "_collectives", "_flax", "_state", "momentum"},
@@ -84,7 +86,7 @@ def test_core_imports_point_one_way():
     for path in (package / "diagnostics").glob("_*.py"):
         assert imported_by(path) <= {"_arguments", "_nodes", "diagnostics", "momentum"}, path
     for path in (package / "convert").glob("_*.py"):
-        assert imported_by(path) <= {"_arguments", "_moments", "_shifted_moments", "_state", "convert"}, path
+        assert imported_by(path) <= {"_arguments", "_moments", "_precision", "_state", "convert"}, path
 
 
 def imported_by(path):

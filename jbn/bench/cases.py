@@ -80,7 +80,7 @@ def all_cases(on_cpu: bool) -> list[Any]:
             shape = (images, size, size, features)
             found += [Case("conv", shape, dtype), Case("conv-relu", shape, dtype, relu=True, modes=MODES[1:])]
         found.append(Case("dense", (4096, 1024), dtype))
-        found.append(Case("masked", (64, 512, 256), dtype, masked=True, modes=MODES[1:]))
+        found.append(Case("masked sequence", (64, 512, 256), dtype, masked=True, modes=MODES[1:]))
         found += [Chain(name, 4096, 512, 8, name == "scanned", dtype) for name in ("unrolled", "scanned")]
     return [*found, *(Network("resnet50", 4 if on_cpu else 128, dtype) for dtype in DTYPES[::-1])]
 
@@ -92,6 +92,6 @@ def quick_cases() -> list[Any]:
         Case("conv", shape),
         Case("conv-relu", shape, relu=True, modes=("forward+backward",)),
         Case("conv", shape, "bfloat16", modes=("forward", "backward")),
-        Case("masked", (16, 256, 256), masked=True, modes=("forward+backward",)),
+        Case("masked sequence", (16, 256, 256), masked=True, modes=("forward+backward",)),
         Chain("scanned", 1024, 256, 8, True, "float32"),
     ]

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 
 import jbn
+from jbn.bench.data import EPSILON
 
 Activation = Callable[[jax.Array], jax.Array]
-EPSILON, MOMENTUM = 1e-5, 0.9
+MOMENTUM = 0.9
 
 
 class Layer(NamedTuple):

@@ -5,31 +5,24 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jbn.bench.layers import EPSILON
-from jbn.bench.programs import MEAN, Batch
+from jbn.bench.data import MEAN, Batch, standardized
 
 SUM = 64
 """Units of rounding that a result made of a few long sums may be off by, for a mean near 0."""
 
 
-def expected(batch: Batch, relu: bool, train: bool = True) -> tuple[np.ndarray, ...]:
+def expected(batch: Batch, relu: bool) -> tuple[np.ndarray, ...]:
     """Output, and gradients of scale, bias and x, from the formula in float64; 0 in masked places."""
-    x, cotangent = (np.asarray(array, np.float64) for array in (batch.x, batch.cotangent))
-    scale, bias = (np.asarray(array, np.float64) for array in (batch.scale, batch.bias))
-    axes = tuple(range(x.ndim - 1))
-    valid = np.ones((*x.shape[:-1], 1)) if batch.mask is None else batch.mask.astype(np.float64)
-    count = valid.sum()
-    # Inference is by mean 0 and variance 1, the initial statistics.
-    mean = (x * valid).sum(axes) / count if train else 0.0
-    var = (np.square(x - mean) * valid).sum(axes) / count if train else 1.0
-    rstd = 1 / np.sqrt(var + EPSILON)
-    xhat = (x - mean) * rstd
-    out = xhat * scale + bias
+    xhat, rstd, out = standardized(batch)
+    valid = np.ones((*out.shape[:-1], 1)) if batch.mask is None else batch.mask.astype(np.float64)
+    cotangent = np.asarray(batch.cotangent, np.float64) * valid
     if relu:
         cotangent = cotangent * (out > 0)
         out = np.maximum(out, 0)
-    d_bias, d_scale = (cotangent * valid).sum(axes), (cotangent * xhat * valid).sum(axes)
-    d_x = (cotangent - (d_bias + xhat * d_scale) / count) * scale * rstd
+    axes = tuple(range(out.ndim - 1))
+    count = np.broadcast_to(valid[..., 0], out.shape[:-1]).sum()
+    d_bias, d_scale = cotangent.sum(axes), (cotangent * xhat).sum(axes)
+    d_x = (cotangent - (d_bias + xhat * d_scale) / count) * batch.scale.astype(np.float64) * rstd
     return out * valid, d_scale, d_bias, d_x * valid
 
 

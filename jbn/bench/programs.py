@@ -1,21 +1,18 @@
 """The compiled programs of a case, each with the arguments that it is run on in turn."""
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.extend.core import jaxpr_as_fun
 
 from jbn.bench import resnet50
 from jbn.bench.cases import Case, Chain, Network
+from jbn.bench.data import Batch
 from jbn.bench.layers import Layer
-
-ROTATED = 256 * 2**20
-"""Bytes of inputs to go round, more than the caches of today's processors hold."""
-MEAN = 2.0
-"""Of the data, in its standard deviations."""
 
 
 class Program(NamedTuple):
@@ -27,43 +24,6 @@ class Program(NamedTuple):
     wait: Callable[[Any], Any]
     compiled: Any = None
     residual_bytes: int | None = None
-
-
-class Batch(NamedTuple):
-    """One input, in NumPy, and the cotangent of the output."""
-
-    x: np.ndarray
-    cotangent: np.ndarray
-    mask: np.ndarray | None
-    scale: np.ndarray
-    bias: np.ndarray
-
-
-def batches(case: Case) -> list[Batch]:
-    """Different inputs of a case, more than caches hold, but between 2 and 8."""
-    number = int(np.clip(-(-ROTATED // (2 * case.size)), 2, 8))
-    return [batch(case, np.random.default_rng(seed)) for seed in range(number)]
-
-
-def on_device(given: list[Batch], channels_first: bool) -> list[Batch]:
-    """The same for JAX, with the axes in the order that a layer takes."""
-    if channels_first:
-        given = [batch._replace(x=_first(batch.x), cotangent=_first(batch.cotangent)) for batch in given]
-    return [jax.tree.map(jnp.asarray, batch) for batch in given]
-
-
-def batch(case: Case, rng: np.random.Generator, mean: float = MEAN) -> Batch:
-    """Normal data around the mean, in the dtype of the case."""
-    features = case.shape[-1]
-    x = (rng.standard_normal(case.shape, np.float32) + np.float32(mean)).astype(case.dtype)
-    cotangent = rng.standard_normal(case.shape, np.float32).astype(case.dtype)
-    mask = None
-    if case.masked:
-        lengths = rng.integers(case.shape[1] // 2, case.shape[1] + 1, case.shape[0])
-        mask = (np.arange(case.shape[1]) < lengths[:, None])[..., None]
-        cotangent = np.where(mask, cotangent, 0).astype(case.dtype)
-    scale, bias = rng.uniform(0.5, 1.5, features), rng.normal(size=features)
-    return Batch(x, cotangent, mask, scale.astype(np.float32), bias.astype(np.float32))
 
 
 def layer_program(layer: Layer, case: Case, mode: str, given: list[Batch]) -> Program:
@@ -85,13 +45,27 @@ def layer_program(layer: Layer, case: Case, mode: str, given: list[Batch]) -> Pr
         return layer.infer(batch.scale, batch.bias, state, batch.x, activation)
 
     if mode != "backward":
-        function = {"inference": infer, "forward": forward, "forward+backward": both}[mode]
+        function, residuals = {"inference": infer, "forward": forward, "forward+backward": both}[mode], None
+        if mode == "forward":
+            function = _what_is_made(forward, given[0], state)
+            residuals = _bytes(jax.eval_shape(forward, given[0], state)[1])
         compiled = jax.jit(function).lower(given[0], state).compile()
-        residuals = _bytes(jax.eval_shape(forward, given[0], state)[1]) if mode == "forward" else None
         return _program(compiled, [(batch, state) for batch in given], residuals)
     first = jax.jit(forward)
     pairs = [(first(batch, state)[1], batch.cotangent) for batch in given]
     return _program(jax.jit(lambda pullback, cotangent: pullback(cotangent)).lower(*pairs[0]).compile(), pairs)
+
+
+def _what_is_made(function: Callable[..., Any], *arguments: Any) -> Callable[..., list[jax.Array]]:
+    """The function without those results that are its arguments.
+
+    Where JAX differentiates a compiled function, it hands them on to the backward pass; compiled as a result, they
+    would be copied.
+    """
+    program = jax.make_jaxpr(function)(*arguments)
+    made = [not any(result is given for given in program.jaxpr.invars) for result in program.jaxpr.outvars]
+    run = jaxpr_as_fun(program)
+    return lambda *arguments: list(itertools.compress(run(*jax.tree.leaves(arguments)), made))
 
 
 def copy_program(case: Case) -> Program:
@@ -155,10 +129,6 @@ def _program(compiled: Any, arguments: list[Any], residuals: int | None = None) 
         compiled,
         residuals,
     )
-
-
-def _first(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(np.moveaxis(array, -1, 1))
 
 
 def _bytes(tree: Any) -> int:

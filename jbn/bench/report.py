@@ -5,6 +5,7 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -32,15 +33,25 @@ def machine(threads_of_torch: str | None) -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    device = jax.devices()[0]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "versions": versions,
-        "device": f"{device.device_kind} ({device.platform})",
+        "device": _device(),
         "cores": cores,
         "python": platform.python_version(),
         "torch": threads_of_torch,
     }
+
+
+def _device() -> str:
+    """The name of the first device; of a CPU, which JAX calls just that, its model."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return f"{device.device_kind} ({device.platform})"
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
 
 
 def times(records: Sequence[Record], peers: Sequence[str]) -> Table:

@@ -7,11 +7,12 @@ import jax
 import numpy as np
 
 import jbn
-from jbn.bench import numbers, programs, torch_programs
+from jbn.bench import data, numbers, programs, torch_programs
 from jbn.bench.cases import LEAST_PASSES, Case, Chain, Network
 from jbn.bench.counts import Counts, count
+from jbn.bench.data import Batch
 from jbn.bench.layers import LAYERS, Layer
-from jbn.bench.programs import Batch, Program
+from jbn.bench.programs import Program
 from jbn.bench.timing import measure
 
 TORCH = {"torch-last": True, "torch-first": False}
@@ -72,16 +73,16 @@ def run(cases: Sequence[Any], layers: Mapping[str, Layer | None], rounds: int) -
 
 def far_errors(layers: Mapping[str, Layer | None]) -> tuple[dict[str, float], float]:
     """Errors in float32 where the mean is FAR_MEAN standard deviations, and what rounding explains there."""
-    batch = programs.batch(FAR, np.random.default_rng(0), FAR_MEAN)
+    batch = data.batch(FAR, np.random.default_rng(0), FAR_MEAN)
     return _errors(FAR, layers, batch), numbers.allowed("float32", FAR_MEAN)
 
 
 def _run_case(case: Case, layers: Mapping[str, Layer | None], rounds: int) -> Iterator[Record]:
     layers = {name: layer for name, layer in layers.items() if not case.masked or (layer and layer.takes_mask)}
-    given = programs.batches(case)
+    given = data.batches(case)
     errors = _errors(case, layers, given[0])
     orders = {layer.channels_first for layer in layers.values() if layer}
-    placed = {first: programs.on_device(given, first) for first in orders}
+    placed = {first: data.on_device(given, first) for first in orders}
     for mode in case.modes:
         found = {
             name: programs.layer_program(layer, case, mode, placed[layer.channels_first])
@@ -139,7 +140,7 @@ def _result(name: str, layer: Layer | None, case: Case, batch: Batch) -> list[np
         program = torch_programs.layer_program(case, mode, [batch], TORCH[name])
         out, _, gradients = torch_programs.in_numpy(program.run(program.prepare(0)))
         return [out, *gradients]
-    program = programs.layer_program(layer, case, mode, programs.on_device([batch], layer.channels_first))
+    program = programs.layer_program(layer, case, mode, data.on_device([batch], layer.channels_first))
     out, _, gradients = program.run(program.prepare(0))
     arrays = [np.asarray(array, np.float64) for array in jax.device_get([out, *gradients])]
     return [np.moveaxis(array, 1, -1) if layer.channels_first and array.ndim > 1 else array for array in arrays]

@@ -8,7 +8,7 @@ import numpy as np
 
 from jbn.bench.programs import Program
 
-SHORTEST = 1e-3
+SHORTEST = 5e-3
 """Seconds that a sample lasts at least; shorter programs run several times in it."""
 
 

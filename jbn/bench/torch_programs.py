@@ -6,8 +6,9 @@ import jax
 import numpy as np
 
 from jbn.bench.cases import Case, Chain
-from jbn.bench.layers import EPSILON, MOMENTUM
-from jbn.bench.programs import Batch, Program
+from jbn.bench.data import EPSILON, Batch
+from jbn.bench.layers import MOMENTUM
+from jbn.bench.programs import Program
 
 
 def layer_program(case: Case, mode: str, given: list[Batch], channels_last: bool) -> Program:

@@ -10,7 +10,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jbn._arguments import check_type
-from jbn._shifted_moments import arithmetic_dtype
+from jbn._precision import arithmetic_dtype
 from jbn._state import Params, State
 
 Norm = tuple[Params, State]
