@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import jax
 import jax.numpy as jnp
@@ -88,12 +89,14 @@ def test_times_are_taken_in_turn():
     order = []
 
     def program(name):
-        return programs.Program(lambda number: name, order.append, lambda _: None)
+        return programs.Program(lambda number: name, order.append, lambda _: time.sleep(timing.SHORTEST))
 
-    found = timing.measure({"one": program("one"), "two": program("two")}, 3)
-    assert {name: len(seconds) for name, seconds in found.items()} == {"one": 3, "two": 3}
-    firsts = [name for name, before in zip(order[6:], order[5:], strict=False) if name != before]
-    assert firsts[:2] in (["one", "two"], ["two", "one"])
+    found = timing.measure({name: program(name) for name in "abc"}, 8)
+    assert {name: len(seconds) for name, seconds in found.items()} == {"a": 8, "b": 8, "c": 8}
+    rounds = ["".join(order[start : start + 6]) for start in range(9, len(order), 6)]
+    # Each sample is of one run here, and after one that is not timed.
+    assert all(sorted(turn[::2]) == ["a", "b", "c"] and turn[::2] == turn[1::2] for turn in rounds)
+    assert len({turn[0] for turn in rounds}) > 1
 
 
 def test_a_peer_that_is_not_installed_is_named(monkeypatch):

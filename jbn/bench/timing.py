@@ -21,13 +21,18 @@ class Spread(NamedTuple):
 
 
 def measure(programs: Mapping[str, Program], rounds: int) -> dict[str, list[float]]:
-    """Seconds a run of each program, a number for each round; every round starts with another program."""
+    """Seconds a run of each program, a number for each round, in an order that chance gives to each round.
+
+    A run that is not timed comes before each sample: how a program finds the memory that another one left would else
+    be part of its time.
+    """
     names = list(programs)
     repeats = {name: _repeats(programs[name]) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
+        for place in np.random.default_rng(turn).permutation(len(names)):
+            name = names[place]
+            _timed(programs[name], 1, turn)
             seconds[name].append(_timed(programs[name], repeats[name], turn))
     return seconds
 

@@ -1,0 +1,71 @@
+"""Forward and backward compiled apart, every library beside jbn, on this machine: python tests/cpu_times.py [PROCESSES]
+
+Each process takes all single-layer cases of `jbn bench`, five rounds each. A cell is their time over jbn's: the median of
+the processes, with the least and the largest. Above 1, jbn is faster. About five minutes a process on two cores.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+
+from jbn.diagnostics import Table
+
+ROUNDS, BUFFERS = 5, 3
+
+
+def measured():
+    """For each case, the seconds of each library in each round, forward and backward together."""
+    os.environ.setdefault("KERAS_BACKEND", "jax")
+    from jbn.bench import cases, data, programs, run, timing, torch_programs
+
+    layers, _ = run.importable(run.PEERS)
+    found = {}
+    for case in filter(lambda case: isinstance(case, cases.Case), cases.all_cases(on_cpu=True)):
+        names = {name: layer for name, layer in layers.items() if not case.masked or (layer and layer.takes_mask)}
+        given = data.batches(case)[:BUFFERS]
+        orders = {layer.channels_first for layer in names.values() if layer}
+        placed = {first: data.on_device(given, first) for first in orders}
+        seconds = []
+        for mode in ("forward", "backward"):
+            of_mode = {
+                name: programs.layer_program(layer, case, mode, placed[layer.channels_first])
+                if layer
+                else torch_programs.layer_program(case, mode, given, run.TORCH[name])
+                for name, layer in names.items()
+            }
+            seconds.append(timing.measure(of_mode, ROUNDS))
+        found[case.label] = {name: np.add(*(of_mode[name] for of_mode in seconds)).tolist() for name in names}
+    return found
+
+
+def summary(processes):
+    """A row for each case and one for the geometric means."""
+    peers = [name for name in next(iter(processes[0].values())) if name != "jbn"]
+    rows, medians = [], {peer: [] for peer in peers}
+    for case in processes[0]:
+        cells = []
+        for peer in peers:
+            if peer not in processes[0][case]:
+                cells.append(None)
+                continue
+            ratios = [np.median(found[case][peer]) / np.median(found[case]["jbn"]) for found in processes]
+            medians[peer].append(np.median(ratios))
+            cells.append(f"{np.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})")
+        rows.append((case, *cells))
+    means = [f"{np.exp(np.mean(np.log(medians[peer]))):.2f}, least {min(medians[peer]):.2f}" for peer in peers]
+    return Table(("case", *peers), [*rows, ("geometric mean", *means)])
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--one"]:
+        print(json.dumps(measured()))
+    else:
+        number = int(sys.argv[1]) if len(sys.argv) > 1 else 3
+        outputs = [
+            subprocess.run([sys.executable, __file__, "--one"], stdout=subprocess.PIPE, check=True).stdout
+            for _ in range(number)
+        ]
+        print(summary([json.loads(output.splitlines()[-1]) for output in outputs]).text(rows=100))
