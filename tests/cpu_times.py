@@ -1,7 +1,7 @@
 """Forward and backward compiled apart, every library beside jbn, on this machine: python tests/cpu_times.py [PROCESSES]
 
-Each process takes all single-layer cases of `jbn bench`, five rounds each. A cell is their time over jbn's: the median of
-the processes, with the least and the largest. Above 1, jbn is faster. About five minutes a process on two cores.
+Each process takes all single-layer cases of `jbn bench`, five rounds each. A cell is their time over jbn's: the median
+of the processes, with the least and the largest. Above 1, jbn is faster. About five minutes a process on two cores.
 """
 
 import json
