@@ -31,7 +31,8 @@ def checked_input(x: Any) -> jax.Array:
     """`x` as an array of one of the input dtypes."""
     allowed = f"expected one of {', '.join(INPUT_DTYPES)}"
     try:
-        x = jnp.asarray(x)
+        # An array stays as it is: to JAX, asarray is an operation, which debug_nans would check masked values in.
+        x = x if isinstance(x, jax.Array) else jnp.asarray(x)
     except (TypeError, ValueError):
         raise TypeError(f"`x` is a {type(x).__name__} that makes no array: {allowed}.") from None
     if x.dtype.name not in INPUT_DTYPES:

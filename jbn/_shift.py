@@ -82,7 +82,8 @@ def _valid_rows(x: jax.Array, mask: jax.Array, reduced: tuple[int, ...]) -> list
     for start in starts:
         ahead = jnp.where(index >= start, index - start, index - start + total)
         steps.append(jnp.min(jnp.where(mask, ahead, total - 1)))
-    picks = jax.lax.rem(jnp.stack(steps) + np.array(starts, np.int32), np.int32(total))
+    # By jnp, as sizes may be symbolic.
+    picks = jax.lax.rem(jnp.stack(steps) + jnp.array(starts, jnp.int32), jnp.array(total, jnp.int32))
     return _rows(x, {axis: picks // stride % mask.shape[axis] for axis, stride in strides.items()}, reduced)
 
 

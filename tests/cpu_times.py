@@ -42,21 +42,25 @@ def measured():
 
 
 def summary(processes):
-    """A row for each case and one for the geometric means."""
-    peers = [name for name in next(iter(processes[0].values())) if name != "jbn"]
-    rows, medians = [], {peer: [] for peer in peers}
-    for case in processes[0]:
-        cells = []
-        for peer in peers:
-            if peer not in processes[0][case]:
-                cells.append(None)
-                continue
-            ratios = [np.median(found[case][peer]) / np.median(found[case]["jbn"]) for found in processes]
-            medians[peer].append(np.median(ratios))
-            cells.append(f"{np.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})")
-        rows.append((case, *cells))
-    means = [f"{np.exp(np.mean(np.log(medians[peer]))):.2f}, least {min(medians[peer]):.2f}" for peer in peers]
-    return Table(("case", *peers), [*rows, ("geometric mean", *means)])
+    """A row for each case, and the geometric means of those of each dtype and of all."""
+    cases = list(processes[0])
+    peers = [name for name in processes[0][cases[0]] if name != "jbn"]
+    ratios = {
+        (case, peer): [np.median(found[case][peer]) / np.median(found[case]["jbn"]) for found in processes]
+        for case in cases
+        for peer in peers
+        if peer in processes[0][case]
+    }
+    rows = [(case, *(_cell(ratios.get((case, peer))) for peer in peers)) for case in cases]
+    for dtype in ("float32", "bfloat16", ""):
+        medians = [[np.median(r) for (case, of), r in ratios.items() if of == peer and dtype in case] for peer in peers]
+        means = [f"{np.exp(np.mean(np.log(found))):.2f}, least {min(found):.2f}" for found in medians]
+        rows.append((f"geometric mean, {dtype or 'all'}", *means))
+    return Table(("case", *peers), rows)
+
+
+def _cell(ratios):
+    return ratios and f"{np.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
 
 
 if __name__ == "__main__":

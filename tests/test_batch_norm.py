@@ -115,6 +115,18 @@ def test_masked_values_reach_nothing(debug_nans, rng, poison, options):
         np.testing.assert_array_equal(array[~mask], np.zeros_like(array[~mask]))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_masked_nan_stays_out_of_eager_gradients(dtype):
+    params, state = jbn.init(3)
+    mask = jnp.array([True, True, True, False, True, False])
+    x = np.arange(18, dtype=np.float32).reshape(6, 3)
+    x[3] = np.nan
+    x = jnp.asarray(x.astype(jnp.dtype(dtype)))
+    with jax.debug_nans(True):
+        gradient = jax.grad(lambda x: jnp.sum(jbn.batch_norm(params, state, x, True, mask=mask)[0] ** 3))(x)
+    np.testing.assert_array_equal(gradient[3], jnp.zeros(3, dtype))
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"ghost_batch_size": 2}, {"running_var": "unbiased"}, {"running_var": "total"}]
 )
@@ -258,17 +270,22 @@ def test_state_and_params_can_be_donated(rng, make):
     assert int(state.count) == 3
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("train", [True, False])
-def test_export_with_a_symbolic_batch(rng, train):
+def test_export_with_a_symbolic_batch(rng, train, masked):
     params, state = some_params(rng, 3), jbn.init(3)[1]
     (rows,) = export.symbolic_shape("b")
     for shape in ((rows, 3), (rows, 4, 3)):
-        norm = jax.jit(lambda p, s, x: jbn.batch_norm(p, s, x, train, activation=jax.nn.relu))
+        norm = jax.jit(
+            lambda p, s, x, mask: jbn.batch_norm(p, s, x, train, mask=mask if masked else None, activation=jax.nn.relu)
+        )
         spec = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (params, state))
-        exported = export.export(norm)(*spec, jax.ShapeDtypeStruct(shape, jnp.float32))
+        arrays = (jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape[:-1], jnp.bool))
+        exported = export.export(norm)(*spec, *arrays)
         for size in (1, 2, 3, 64):
             x = rng.normal(size=(size, *shape[1:])).astype(np.float32) + 1e3
-            actual, expected = exported.call(params, state, x), norm(params, state, x)
+            mask = rng.random(x.shape[:-1]) < 0.7
+            actual, expected = exported.call(params, state, x, mask), norm(params, state, x, mask)
             for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
                 np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-5)
 

@@ -102,6 +102,15 @@ def test_half_precision_input_has_float32_moments(rng, dtype):
     assert_moments(actual, expected, x)
 
 
+@pytest.mark.parametrize("features", [1, 2, 3])
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+def test_few_features_of_many_rows(dtype, features):
+    rng = np.random.default_rng(2)
+    x = jnp.asarray(rng.standard_normal((2**20, features), np.float32) + 0.5).astype(dtype)
+    expected = reference.batch_norm(np.asarray(x.astype(jnp.float32)))
+    assert_close(moments(x).var, expected.var)
+
+
 @pytest.mark.parametrize("mask", [None, np.array([True, True, False, True, False, True])])
 def test_moments_are_differentiable(x64, rng, mask):
     x = jnp.asarray(rng.normal(size=(6, 2)) + 3)

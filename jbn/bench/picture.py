@@ -29,6 +29,7 @@ def draw(records: Sequence[Record], peers: Sequence[str], title: str) -> Any:
     ax.set_yticks(range(len(records)), [f"{record.case}, {record.mode}" for record in records])
     ax.set_ylim(len(records) - 0.5, -0.5)
     ax.grid(axis="x", color="0.9")
-    ax.set(xlabel="time over jbn's: to the right of 1, jbn is faster", title=title)
+    explained = "time over jbn's, with quartiles: to the right of 1, jbn is faster\nwrong numbers are left out"
+    ax.set(xlabel=explained, title=title)
     figure.legend(loc="outside lower center", ncols=5)
     return figure

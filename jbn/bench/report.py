@@ -19,10 +19,13 @@ PACKAGES = ("jbn", "jax", "jaxlib", "flax", "dm-haiku", "equinox", "keras", "tor
 
 LEGEND = """ms: median time of jbn. memory: the share of this machine's copy bandwidth that jbn reaches, counting the
 least bytes that the work must move; above 100% where caches help. The other columns are time over jbn's, round by
-round: above 1 jbn is faster. ± is half the distance of the quartiles. ! marks numbers that are wrong by more than
-rounding explains: no rival."""
-COUNTED = """passes: reads and writes of arrays like x, over what no program can do without. temporary, kept: memory
-beside inputs and outputs, and what the forward pass keeps for the backward pass, in arrays like x."""
+round: above 1 jbn is faster. ± is half the distance of the quartiles within this run; from run to run it is more.
+! marks numbers that are wrong by more than rounding explains: no rival. - is what a library does not have.
+conv-relu: with relu. unrolled, scanned: eight layers of matmul, norm, relu. linen-2pass: Flax with
+use_fast_variance=False. torch-last, torch-first: PyTorch with channels last, or first, in memory."""
+COUNTED = """passes: reads and writes of arrays like x, over what no program can do without. kernels: parts of the
+program, most of them of a few vectors. temporary, kept: memory beside inputs and outputs, and what the forward pass
+keeps for the backward pass, in arrays like x."""
 
 
 def machine(threads_of_torch: str | None) -> dict[str, Any]:
@@ -70,7 +73,8 @@ def counts(records: Sequence[Record], peers: Sequence[str]) -> Table:
     for record in records:
         for peer in peers:
             if record.size and (counted := record.counts.get(peer)):
-                least = f"{counted.passes:.1f}" + (f" / {record.least_passes}" if record.least_passes else "")
+                # Of several layers, a loop's body would count once and unrolled ones their weights too.
+                least = f"{counted.passes:.1f} / {record.least_passes}" if record.least_passes else None
                 kept = record.residual_bytes.get(peer)
                 temporary = f"{counted.temporary_bytes / record.size:.2f}"
                 rows.append(
@@ -86,15 +90,18 @@ def summary(records: Sequence[Record], peers: Sequence[str], far: Mapping[str, f
         of_peer = [ratio for record in records if (ratio := rival(record, peer))]
         if of_peer:
             mean = math.exp(np.mean([math.log(ratio.median) for ratio in of_peer]))
-            lines.append(f"{peer}: {mean:.2f} times jbn's time, geometric mean of {len(of_peer)} measurements")
+            lines.append(
+                f"{peer}: {mean:.2f} times jbn's time, geometric mean of {len(of_peer)} measurements without !"
+            )
     for record in records:
         faster = [f"{peer} ({r.median:.2f})" for peer in peers if (r := rival(record, peer)) and r.high < 1]
         if faster:
             lines.append(f"faster than jbn at {record.case}, {record.mode}: {', '.join(faster)}")
     wrong = [f"{peer} ({error:.1g})" for peer, error in far.items() if error > far_allowed]
     lines.append(
-        f"float32 data {FAR_MEAN:g} standard deviations from 0, where rounding explains a relative error of "
-        f"{far_allowed:.1g}: " + (f"wrong are {', '.join(wrong)}" if wrong else "all are right")
+        f"and another check, on float32 data {FAR_MEAN:g} standard deviations from 0, where rounding explains a "
+        f"relative error of output and gradients of {far_allowed:.1g}: "
+        + (f"wrong are {', '.join(wrong)}, with their errors" if wrong else "all are right")
     )
     return lines
 

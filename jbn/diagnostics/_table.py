@@ -28,7 +28,9 @@ class Table(NamedTuple):
         """The first rows as aligned text; a last line says how many are left."""
         cells = [self.columns, *([_cell(value) for value in row] for row in self.rows[:rows])]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        numeric = [any(_is_number(row[place]) for row in self.rows) for place in range(len(self.columns))]
+        numeric = [
+            all(row[place] is None or _is_number(row[place]) for row in self.rows) for place in range(len(self.columns))
+        ]
         lines = [
             "  ".join(
                 cell.rjust(width) if right else cell.ljust(width)
