@@ -55,7 +55,7 @@ def health(
         >>> state = jbn.State(jnp.zeros(3), jnp.array([1.0, 0.0, jnp.nan]), jnp.int32(10))
         >>> print(jbn.diagnostics.health({"stem": state}))
         norm  channels  updates  dead  unset  not finite  far  stale  missing
-        stem         3       10     1      0           1  -    -      -
+        stem         3       10     1      0           1    -      -        -
 
     Source:
         jbn's own convention.
