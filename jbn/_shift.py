@@ -48,9 +48,8 @@ def _median_of_rows(x: jax.Array, mask: jax.Array | None, *, reduced: tuple[int,
         return [jax.lax.bitcast_convert_type(row, x.dtype) for row in bits]
 
     # XLA for CPU slices bfloat16 by turning the whole of it to float32, but takes its bits as they are.
-    is_short = x.dtype == jnp.bfloat16
-    a, b, c = jax.lax.platform_dependent(x, cpu=rows_by_bits, default=rows) if is_short else rows(x)
-    a, b, c = map(widened, (a, b, c))
+    by_bits = functools.partial(jax.lax.platform_dependent, cpu=rows_by_bits, default=rows)
+    a, b, c = map(widened, (by_bits if x.dtype == jnp.bfloat16 else rows)(x))
     return jnp.maximum(jnp.minimum(a, b), jnp.minimum(jnp.maximum(a, b), c)).astype(x.dtype)
 
 

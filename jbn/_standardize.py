@@ -127,8 +127,10 @@ def _tangent(
         mean_t, covariance = mean_tangents(tangent, centered, batch, rule.reduced, rule.sharing)
     constant = affine_t.bias - slope * mean_t
     along = (affine_t.scale - slope * rstd * covariance) * rstd
-    # In the transpose, the first and second are reductions.
-    terms = [deviation_to_sum(x, mask, batch) * along, constant, *([] if tangent is None else [slope * tangent])]
+    # In the transpose these two are reductions.
+    terms = [deviation_to_sum(x, mask, batch) * along, constant]
+    if tangent is not None:
+        terms.append(slope * tangent)
     if rule.activation is None:
         out_t = sum(terms[1:], terms[0])
     else:
