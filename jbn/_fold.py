@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 
 from jbn import _arguments
 from jbn._precision import arithmetic_dtype
+from jbn._standardize import reciprocal_deviation
 from jbn._state import Params, State
 
 
@@ -76,7 +77,7 @@ def fold(
 
     dtype = arithmetic_dtype(kernel)
     mean, var, old = (jnp.asarray(vector).astype(dtype) for vector in (state.mean, state.var, bias))
-    slope = jax.lax.rsqrt(var + _arguments.checked_epsilon(epsilon))
+    slope = reciprocal_deviation(var, _arguments.checked_epsilon(epsilon))
     if params.scale is not None:
         slope = slope * jnp.asarray(params.scale).astype(dtype)
     shift = jnp.zeros_like(mean) if params.bias is None else jnp.asarray(params.bias).astype(dtype)

@@ -141,7 +141,7 @@ def union(parts: ShiftedMoments) -> ShiftedMoments:
     chosen = number == jnp.min(jnp.where(is_largest, number, len(number)), axis=0)[None]
     # A value that is picked out is the same wherever the compiler forms it anew; one that is computed may round apart.
     center = jax.lax.stop_gradient(jnp.sum(jnp.where(chosen, parts.shift, jnp.zeros((), parts.shift.dtype)), axis=0))
-    distance = (parts.shift - center[None]) + parts.offset
+    distance = _distance(parts, center[None])
     offset = jnp.sum(weight * distance, axis=0)
     var = jnp.sum(weight * (parts.var + jnp.square(distance - offset[None])), axis=0)
     return ShiftedMoments(center, offset, var, everything)
@@ -152,10 +152,15 @@ def _union_by_sums(local: ShiftedMoments, sharing: Sharing) -> ShiftedMoments:
     everything, first_moment = sum_over(sharing, (local.count, local.count * (local.shift + local.offset)))
     divisor = jnp.maximum(everything, 1)
     center = _rounded_once(jax.lax.stop_gradient(first_moment / divisor))
-    distance = (local.shift - center) + local.offset
+    distance = _distance(local, center)
     sums = sum_over(sharing, (local.count * distance, local.count * (local.var + jnp.square(distance))))
     offset, mean_square = (total / divisor for total in sums)
     return ShiftedMoments(center, offset, jnp.maximum(mean_square - jnp.square(offset), 0), everything)
+
+
+def _distance(part: ShiftedMoments, center: jax.Array) -> jax.Array:
+    """Of a part's mean from a center; 0 for a part without values, whose mean says nothing and may be far."""
+    return jnp.where(part.count > 0, (part.shift - center) + part.offset, jnp.zeros((), center.dtype))
 
 
 def _rounded_once(center: jax.Array) -> jax.Array:

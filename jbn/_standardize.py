@@ -73,7 +73,7 @@ def transform(
     rule: Rule, x: jax.Array, mask: jax.Array | None, batch: ShiftedMoments, affine: Affine, captured: list[jax.Array]
 ) -> jax.Array:
     """activation((x - mean) * rstd * scale + bias) by the given moments; masked values come out as 0."""
-    out = deviation(x, mask, batch) * (_rstd(rule, batch) * affine.scale) + affine.bias
+    out = deviation(x, mask, batch) * (reciprocal_deviation(batch.var, rule.epsilon) * affine.scale) + affine.bias
     if rule.activation is not None:
         out = rule.activation(out, *captured)
     return valid(out.astype(rule.dtype), mask)
@@ -118,7 +118,7 @@ def _tangent(
     The means are factored out of the elementwise line, so that its transpose holds two reductions, not four.
     """
     centered = deviation(x, mask, batch)
-    rstd = _rstd(rule, batch)
+    rstd = reciprocal_deviation(batch.var, rule.epsilon)
     slope = rstd * affine.scale
     if x_t is None:
         tangent, mean_t, covariance = None, jnp.zeros_like(batch.offset), jnp.zeros_like(batch.var)
@@ -195,8 +195,9 @@ def closed_activation(
     return closed(activation, before)
 
 
-def _rstd(rule: Rule, batch: ShiftedMoments) -> jax.Array:
-    return jax.lax.rsqrt(batch.var + rule.epsilon)
+def reciprocal_deviation(var: jax.Array, epsilon: float) -> jax.Array:
+    """1 / sqrt(var + epsilon); NaN for an infinite variance, since 0 would make all of x alike, in silence."""
+    return jnp.where(var < jnp.inf, jax.lax.rsqrt(var + epsilon), jnp.nan)
 
 
 def _instantiated(tangent: Any, primal: jax.Array) -> Any:

@@ -149,7 +149,7 @@ def update(state: State, moments: Moments, *, momentum: float | Schedule = 0.99,
     new_state = State(
         mean=jnp.where(good & ~fault, mean, old_mean),
         var=jnp.where(good & ~fault, var, old_var),
-        count=count + good.astype(jnp.int32),
+        count=count + (good & (count < jnp.iinfo(jnp.int32).max)).astype(jnp.int32),
     )
     return jax.lax.stop_gradient(new_state)
 

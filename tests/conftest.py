@@ -9,6 +9,12 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 import jax
 import numpy as np
 import pytest
+from hypothesis import settings
+
+settings.register_profile("quick", max_examples=20, deadline=None, derandomize=True, database=None)
+settings.register_profile("thorough", max_examples=2000, deadline=None)
+settings.register_profile("free_shapes", max_examples=200, deadline=None)
+settings.load_profile("quick")
 
 
 def pytest_addoption(parser):

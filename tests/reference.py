@@ -1,5 +1,6 @@
 """Batch norm from its formulas: in NumPy float64, forward and backward, and in plain jax.numpy for every derivative."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -28,7 +29,7 @@ def rows(array, feature):
     order = [*reduced, *feature]
     moved = np.transpose(array, order)
     back = np.argsort(order)
-    flat = moved.reshape(-1, *moved.shape[len(reduced) :])
+    flat = moved.reshape(math.prod(moved.shape[: len(reduced)]), *moved.shape[len(reduced) :])
     return flat, lambda flat: np.transpose(flat.reshape(moved.shape), back)
 
 
@@ -45,7 +46,7 @@ def batch_norm(x, scale=None, bias=None, cotangent=None, *, feature_axis=-1, mas
     x = np.where(valid, x, 0)
     x, back = rows(x, feature)
     w = rows(valid.astype(np.float64), feature)[0]
-    n = w[(slice(None),) + (0,) * (w.ndim - 1)].sum()
+    n = w[(slice(None),) + (0,) * (w.ndim - 1)].sum() if w.size else 0
     divisor = max(n, 1)
     scale = np.ones(x.shape[1:]) if scale is None else np.asarray(scale, np.float64)
     bias = np.zeros(x.shape[1:]) if bias is None else np.asarray(bias, np.float64)

@@ -270,3 +270,17 @@ def test_what_varies_without_being_differentiated(mesh, rng, varying, activation
     out_spec = P("devices") if varying == "captured" else P()
     gradient = jax.jit(jax.shard_map(one_device, mesh=mesh, in_specs=specs, out_specs=out_spec))(x, own, valid)
     assert bool(jnp.all(jnp.isfinite(gradient)))
+
+
+@pytest.mark.parametrize(
+    ("places", "center", "spread"), [(4, 1e20, 1e-6), (32, 1e20, 1e-6), (4, 1e37, 0), (32, 1e24, 0)]
+)
+def test_parts_far_from_zero_and_an_empty_one(rng, places, center, spread):
+    """The distance from where nothing is may be beyond the range once it is squared."""
+    x = (center * (1 + spread * rng.normal(size=(places, 10, 3)))).astype(np.float32)
+    mask = np.broadcast_to(np.arange(places)[:, None] > 0, (places, 10))
+    shared = jax.vmap(functools.partial(jbn.moments, axis_name="lanes"), axis_name="lanes")
+    found = jax.tree.map(lambda leaf: leaf[-1], jax.jit(lambda x, mask: shared(x, mask=mask))(x, mask))
+    expected = reference.batch_norm(x[1:])
+    assert_close(found.mean, expected.mean)
+    assert_close(found.var, expected.var, scale=(2.0**-24 * center) ** 2)

@@ -171,6 +171,13 @@ def test_merge_ignores_what_is_empty(rng):
     assert_moments(jbn.merge(unknown, batch), batch, x)
 
 
+def test_merge_ignores_what_is_empty_far_from_zero(rng):
+    x = (1e20 * (1 + 1e-6 * rng.normal(size=(7, 3)))).astype(np.float32)
+    nothing = jbn.Moments(jnp.zeros(3), jnp.zeros(3), jnp.float32(0))
+    for merged in (jbn.merge(nothing, jbn.moments(x)), jbn.merge(jbn.moments(x), nothing)):
+        assert_close(merged.var, reference.batch_norm(x).var)
+
+
 def test_merge_refuses():
     with pytest.raises(ValueError, match="at least one"):
         jbn.merge()

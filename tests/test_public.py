@@ -75,7 +75,7 @@ def test_core_imports_point_one_way():
         "_calibrate": {"_calibration_faults", "_nodes"},
         "_calibration_faults": {"_nodes"},
         "_merge_states": {"_arguments", "_moments", "_shifted_moments", "_state"},
-        "_fold": {"_arguments", "_precision", "_state"},
+        "_fold": {"_arguments", "_precision", "_standardize", "_state"},
         "_flax": {"_arguments", "_batch_norm", "_batch_renorm", "_state"},
         "linen": {"_batch_renorm", "_collectives", "_flax", "_state", "momentum"},
         "nnx": {"_arguments", "_batch_renorm", "_collectives", "_flax", "_state", "momentum"},

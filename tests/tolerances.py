@@ -5,6 +5,8 @@ import numpy as np
 UNIT = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24, "float64": 2.0**-53}
 # A sum of n terms, added pairwise, errs by about log2(n) units; a handful of such sums stands behind each result.
 SUM = 64
+# What is below the smallest normal float32 may be flushed to 0, in each of a few products.
+FLUSHED = 64 * 2.0**-126
 
 
 def allowed(dtype: str, condition: float = 1.0) -> float:
