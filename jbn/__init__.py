@@ -17,7 +17,7 @@ from jbn._state import Params, State, init, unset, update
 if TYPE_CHECKING:
     from jbn import checkpoint, diagnostics, linen, nnx, plot
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [
     "Moments",

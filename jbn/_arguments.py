@@ -3,7 +3,7 @@
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -44,9 +44,9 @@ def checked_input(x: Any) -> jax.Array:
 
 def checked_axes(feature_axis: int | Sequence[int], ndim: int, name: str = "feature_axis", array: str = "x") -> Axes:
     """Feature axes counted from the front and in ascending order, and the axes left to reduce."""
-    given = tuple(feature_axis) if isinstance(feature_axis, Sequence | np.ndarray) else (feature_axis,)
     try:
-        axes = [operator.index(axis) for axis in given]
+        given = tuple(feature_axis) if isinstance(feature_axis, Sequence | np.ndarray) else (feature_axis,)
+        axes = [_index(axis) for axis in given]
     except TypeError:
         raise TypeError(f"`{name}` is {feature_axis!r}: expected an int or a sequence of ints.") from None
     for axis in axes:
@@ -68,6 +68,13 @@ def check_reducible(shape: Sequence[int], axes: Axes, axis_name: Any) -> None:
         )
 
 
+def _index(value: Any) -> int:
+    """An int, which True and False are not meant as."""
+    if isinstance(value, bool):
+        raise TypeError
+    return operator.index(value)
+
+
 def check_type(name: str, value: Any, kind: type) -> None:
     """`value` is one of jbn's NamedTuples."""
     if not isinstance(value, kind):
@@ -81,19 +88,25 @@ def check_vectors(name: str, vectors: Any, expected: tuple[int, ...], why: str) 
         if vector is None and name == "params":
             continue
         shape = () if field == "count" else expected
-        if not isinstance(vector, Numeric):
-            raise TypeError(f"`{name}.{field}` is {vector!r}: expected an array of shape {shape}.")
+        if not is_array(vector):
+            raise TypeError(f"`{name}.{field}` is {vector!r}: expected a numeric array of shape {shape}.")
         if jnp.shape(vector) != shape:
             raise ValueError(f"`{name}.{field}` has shape {jnp.shape(vector)}: expected {shape}, {why}.")
         if field != "count" and not jnp.issubdtype(jnp.result_type(vector), jnp.floating):
             raise TypeError(f"`{name}.{field}` has dtype {jnp.result_type(vector).name}: expected a float dtype.")
 
 
+def is_array(value: Any) -> TypeGuard[Numeric]:
+    """A number or an array of them, as NumPy's of objects, texts and dates, and JAX's of random keys, are not."""
+    dtype = getattr(value, "dtype", np.dtype(float))
+    return isinstance(value, Numeric) and getattr(dtype, "kind", "O") not in "MOSUm"
+
+
 def checked_features(features: Any, name: str = "features") -> tuple[int, ...]:
     """The shape of the features."""
     given = tuple(features) if isinstance(features, Sequence) else (features,)
     try:
-        shape = tuple(operator.index(size) for size in given)
+        shape = tuple(_index(size) for size in given)
     except TypeError:
         raise TypeError(f"`{name}` is {features!r}: expected an int or a sequence of ints.") from None
     if any(size < 0 for size in shape):
@@ -111,10 +124,10 @@ def checked_state_dtype(name: str, dtype: Any) -> Any:
     return jnp.dtype(dtype)
 
 
-def check_state_dtype(state: Any) -> None:
+def check_state_dtype(state: Any, name: str = "state") -> None:
     """The dtypes of running statistics."""
     for field in ("mean", "var"):
-        checked_state_dtype(f"state.{field}.dtype", jnp.result_type(getattr(state, field)))
+        checked_state_dtype(f"{name}.{field}.dtype", jnp.result_type(getattr(state, field)))
 
 
 def checked_mask(mask: Any, shape: Sequence[int], axes: Axes) -> jax.Array | None:
@@ -159,8 +172,7 @@ def check_train(train: Any, name: str = "train", true: str = "batch", false: str
 
 def checked_epsilon(epsilon: Any) -> float:
     """A concrete, positive number that float32 can hold."""
-    if isinstance(epsilon, Tracer):
-        raise TypeError("`epsilon` is traced: expected a Python number such as 1e-5, bound before jit.")
+    _check_concrete("epsilon", epsilon, "1e-5")
     if not _is_number(epsilon):
         raise TypeError(f"`epsilon` is {epsilon!r}: expected a number such as 1e-5.")
     value, limits = float(epsilon), np.finfo(np.float32)
@@ -169,8 +181,15 @@ def checked_epsilon(epsilon: Any) -> float:
     return value
 
 
+def _check_concrete(name: str, value: Any, example: str) -> None:
+    """What a trace stands for is not known yet."""
+    if isinstance(value, Tracer):
+        raise TypeError(f"`{name}` is traced: expected a Python number such as {example}, bound before jit.")
+
+
 def checked_momentum(name: str, momentum: Any) -> float:
     """A concrete share of the old value."""
+    _check_concrete(name, momentum, "0.99")
     if not _is_number(momentum):
         raise TypeError(
             f"`{name}` is {momentum!r}: expected a number in [0, 1], or where a schedule is allowed a function "
@@ -197,6 +216,7 @@ LEAST_BOUNDS = {"r_max": 1.0, "d_max": 0.0}
 
 def checked_bound(bound: str, value: Any, name: str) -> float:
     """A concrete bound of batch renormalization, r_max or d_max, given as the argument `name`."""
+    _check_concrete(name, value, "3.0")
     least = LEAST_BOUNDS[bound]
     if not _is_number(value):
         raise TypeError(
@@ -214,13 +234,29 @@ def check_bound(bound: str, value: Any) -> None:
         checked_bound(bound, value, bound)
 
 
+def scheduled(name: str, given: Any, count: jax.Array, dtype: Any) -> jax.Array:
+    """What a number, or a schedule of the count of updates, comes to."""
+    expected = "expected a number, or a function from the count of updates to a scalar"
+    try:
+        value = given(count) if callable(given) else given
+    except TypeError as error:
+        reason = str(error).partition("\n")[0]
+        raise TypeError(
+            f"`{name}` is {given!r}, which fails on the count ({reason}): {expected}. Under jit the count is traced: "
+            "write jnp.where for `if`, and jnp for math."
+        ) from error
+    if not _is_number(value):
+        raise TypeError(f"`{name}` gives {value!r}: {expected}.")
+    return jnp.asarray(value, dtype)
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, Numeric) and np.ndim(value) == 0
+    return is_array(value) and np.ndim(value) == 0
 
 
 def check_running_var(running_var: Any) -> None:
     """The rule by which the running variance takes a batch's."""
-    if running_var not in RUNNING_VAR:
+    if not isinstance(running_var, str) or running_var not in RUNNING_VAR:
         raise ValueError(f"`running_var` is {running_var!r}: expected one of {', '.join(map(repr, RUNNING_VAR))}.")
 
 
@@ -244,7 +280,7 @@ def _dtype_name(dtype: Any) -> str:
 def checked_groups(ghost_batch_size: Any, shape: Sequence[int], axes: Axes) -> int:
     """The number of ghost batches in x."""
     try:
-        size = operator.index(ghost_batch_size)
+        size = _index(ghost_batch_size)
     except TypeError:
         raise TypeError(f"`ghost_batch_size` is {ghost_batch_size!r}: expected an int or None.") from None
     if 0 in axes.feature:

@@ -151,7 +151,10 @@ def _as_before(path: Path, fields: Mapping[str, Any], total: Population) -> dict
         with np.errstate(over="ignore"):
             rounded = value.astype(jnp.result_type(fields[field]))
         if not np.isfinite(rounded).all():
-            raise ValueError(f"`{field}` of the population at {named(path)} is too large for {rounded.dtype}.")
+            raise ValueError(
+                f"`{field}` of the population at {named(path)} is too large for {rounded.dtype}: expected `batches` of "
+                "smaller values, or a state in float64."
+            )
         found[field] = _placed(rounded, fields[field])
     return found
 

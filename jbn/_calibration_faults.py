@@ -57,7 +57,7 @@ def check_known(run: Run, found: Statistics, number: int) -> None:
             problems[path] = NOT_FINITE
         elif np.max(fields.get("count", 1), initial=1) > 1:
             problems[path] = f"ran {int(np.max(fields['count']))} times in a step, {SEVERAL_CALLS}"
-    _refuse(problems, f"batch {number} gave no statistics for {len(problems)} of {len(found)} norms")
+    _refuse(problems, f"`step` on batch {number} gave no statistics for {len(problems)} of {len(found)} norms")
 
 
 def check_ran_once(run: Run, found: Statistics) -> None:
@@ -72,7 +72,7 @@ def check_ran_once(run: Run, found: Statistics) -> None:
     # A step that draws random numbers anew, as for dropout, moves all by itself.
     if suspects and not _any_differ(found, run(everywhere(found, mean=0, var=-np.inf)), suspects):
         problems = dict.fromkeys(suspects, f"ran more than once in a step, {SEVERAL_CALLS}")
-        _refuse(problems, f"{len(problems)} of {len(found)} norms have no moments of one batch")
+        _refuse(problems, f"after `step`, {len(problems)} of {len(found)} norms have no moments of one batch")
 
 
 def everywhere(nodes: Iterable[Path], mean: float, var: float) -> Statistics:

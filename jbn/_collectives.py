@@ -28,6 +28,8 @@ def checked_sharing(axis_name: Any, axis_index_groups: Any) -> Sharing | None:
     for each in name if isinstance(name, tuple) else (name,):
         if isinstance(each, int) or not isinstance(each, Hashable):
             raise TypeError(f"`axis_name` is {axis_name!r}: expected the name of a mapped axis, or a tuple of names.")
+    if isinstance(name, tuple) and len(set(name)) < len(name):
+        raise ValueError(f"`axis_name` is {axis_name!r}, which names an axis twice: name it once.")
     if axis_index_groups is None:
         return None if name is None else Sharing(name, None)
     if name is None or isinstance(name, tuple):

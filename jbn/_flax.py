@@ -65,7 +65,9 @@ def apply(
         names = ("axis_name", "axis_index_groups", "ghost_batch_size")
         optional.update({name: getattr(module, name) for name in names})
     axes = _arguments.checked_axes(module.axis, x.ndim, "axis")
-    _check_shapes(module, params, state, axes.features(x.shape), x)
+    check_shapes(module, x, axes.features(x.shape), mean=state.mean, var=state.var, **params._asdict())
+    for name in ("mean", "var"):
+        _arguments.checked_state_dtype(f"{name}.dtype", getattr(state, name).dtype)
     return call(
         params,
         state,
@@ -82,13 +84,11 @@ def apply(
     )
 
 
-def _check_shapes(module: Any, params: Params, state: State, features: tuple[int, ...], x: jax.Array) -> None:
+def check_shapes(module: Any, x: jax.Array, features: tuple[int, ...], **variables: Any) -> None:
     """Variables, loaded or initialized, fit the input."""
-    for name, vector in {**params._asdict(), "mean": state.mean, "var": state.var}.items():
+    for name, vector in variables.items():
         if vector is not None and vector.shape != features:
             raise ValueError(
                 f"`{name}` has shape {vector.shape}: expected {features}, as x of shape {x.shape} has it on `axis` "
                 f"{module.axis}."
             )
-    for name in ("mean", "var"):
-        _arguments.checked_state_dtype(f"{name}.dtype", getattr(state, name).dtype)

@@ -86,7 +86,7 @@ def fold(
 
 
 def _float_array(name: str, value: Any) -> jax.Array:
-    if not isinstance(value, _arguments.Numeric) or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+    if not _arguments.is_array(value) or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
         given = getattr(value, "dtype", type(value).__name__)
         raise TypeError(f"`{name}` is {given}: expected a float array.")
     return jnp.asarray(value)

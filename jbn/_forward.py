@@ -4,7 +4,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.core import Tracer
 
 from jbn import _arguments, renorm
@@ -95,10 +94,8 @@ def _target(bounds: Bounds, state: State, axes: _arguments.Axes, x: jax.Array) -
     for bound, given in bounds._asdict().items():
         if given is renorm.r_max or given is renorm.d_max:
             raise TypeError(f"`{bound}` is jbn.renorm.{given.__name__} itself: call it, as in jbn.renorm.{bound}().")
-        value: Any = given(whole(state.count)) if callable(given) else given
-        if not isinstance(value, _arguments.Numeric) or np.shape(value) != ():
-            raise TypeError(f"`{bound}` gives {value!r}: expected a number, or a function from the count to a scalar.")
-        values.append(jnp.maximum(jnp.asarray(value).astype(mean.dtype), _arguments.LEAST_BOUNDS[bound]))
+        value = _arguments.scheduled(bound, given, whole(state.count), mean.dtype)
+        values.append(jnp.maximum(value, _arguments.LEAST_BOUNDS[bound]))
     return Target(mean, var, *values)
 
 

@@ -75,10 +75,10 @@ def _checked_dtype(states: tuple[Any, ...]) -> Any:
     if not states:
         raise ValueError("`merge_states` got no states: expected at least one jbn.State.")
     for number, state in enumerate(states):
-        _arguments.check_type(f"states[{number}]", state, State)
-        _arguments.check_state_dtype(state)
-        features = jnp.shape(states[0].mean)
-        _arguments.check_vectors(f"states[{number}]", state, features, "the shape of `states[0].mean`")
+        name = f"states[{number}]"
+        _arguments.check_type(name, state, State)
+        _arguments.check_vectors(name, state, np.shape(states[0].mean), "the shape of `states[0].mean`")
+        _arguments.check_state_dtype(state, name)
     return max((jnp.result_type(leaf) for state in states for leaf in state[:2]), key=lambda dtype: dtype.itemsize)
 
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from jbn import _arguments
@@ -111,9 +112,11 @@ def merge(*moments: Moments) -> Moments:
         raise ValueError("`merge` got no moments: expected at least one jbn.Moments.")
     for part in moments:
         _arguments.check_type("moments", part, Moments)
-    shapes = [jnp.shape(part.mean) for part in moments]
+    shapes = [np.shape(part.mean) for part in moments]
     if len(set(shapes)) > 1:
         raise ValueError(f"`moments` have means of shapes {shapes}: expected one shape for all.")
+    for part in moments:
+        _arguments.check_vectors("moments", part, shapes[0], "the shape of `moments.mean`")
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(Moments(*part) for part in moments))
     count = jnp.expand_dims(stacked.count, range(1, stacked.mean.ndim))
     mean, var = (jnp.where(count > 0, leaf, jnp.zeros((), leaf.dtype)) for leaf in (stacked.mean, stacked.var))

@@ -46,12 +46,19 @@ def find(tree: Any, name: str) -> Forest:
         # A variable of NNX is a node of its own, whose leaf is its value.
         path = path[:-1] if path and _name(path[-1]) == "value" else path
         field = _name(path[-1]) if path else ""
-        if field in FIELDS and (field == "count" or jnp.issubdtype(jnp.result_type(leaf), jnp.floating)):
+        if field in FIELDS and (field == "count" or _is_float(leaf)):
             found.setdefault(path[:-1], {})[field] = place
     nodes = {path: fields for path, fields in found.items() if {"mean", "var"} <= fields.keys()}
     if not nodes:
-        raise ValueError(f"{name} holds no statistics: expected a tree with nodes that have `mean` and `var`.")
+        raise ValueError(f"{name} holds no statistics: expected a tree with nodes that have float `mean` and `var`.")
     return Forest([leaf for _, leaf in with_paths], structure, nodes)
+
+
+def _is_float(leaf: Any) -> bool:
+    try:
+        return jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+    except TypeError:  # of texts, and of other libraries' arrays
+        return False
 
 
 def shown(path: Path) -> str:

@@ -36,7 +36,8 @@ def normalize(
         x: float32, float64, bfloat16 or float16 array.
         epsilon: added to the variance.
         feature_axis: the axis, or axes, that have statistics of their own.
-        mask: boolean, True counts; masked values come out as 0 and get gradient 0.
+        mask: boolean, True counts; the shape of x without its feature axes (an axis may be 1), or of x with them 1.
+            Masked values come out as 0 and get gradient 0.
         activation: shape-preserving elementwise function, applied in float32 before the cast to `dtype`.
         dtype: dtype of the result; None is that of x.
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 
@@ -119,11 +120,11 @@ def update(state: State, moments: Moments, *, momentum: float | Schedule = 0.99,
     """
     _arguments.check_running_var(running_var)
     _arguments.check_type("state", state, State)
-    _arguments.check_state_dtype(state)
     _arguments.check_type("moments", moments, Moments)
-    features = jnp.shape(state.mean)
+    features = np.shape(state.mean)
     for name, vectors in (("state", state), ("moments", moments)):
         _arguments.check_vectors(name, vectors, features, "the shape of `state.mean`")
+    _arguments.check_state_dtype(state)
     dtype = jnp.result_type(state.mean)
     count = whole(state.count)
     kept = momentum_schedules.at(momentum, count, dtype)

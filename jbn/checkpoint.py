@@ -36,7 +36,8 @@ def restore(path: str | Path, target: Any) -> Any:
     Raises:
         FileNotFoundError: there is nothing at `path`.
         PermissionError: it may not be read.
-        TypeError: target has a leaf that is no array and no number; random keys go by `jax.random.key_data`.
+        TypeError: path is no path, or target has a leaf that is no array and no number; random keys go by
+            `jax.random.key_data`.
         ValueError: the checkpoint is cut off or no checkpoint, or it is of another tree; the error lists what is
             missing, extra or misshaped.
 
@@ -53,12 +54,7 @@ def restore(path: str | Path, target: Any) -> Any:
     Source:
         orbax and Flax, whose formats these are.
     """
-    if not isinstance(path, str | os.PathLike):
-        raise TypeError(f"`path` is a {type(path).__name__}: expected the path of a file or directory.")
-    path = Path(path).absolute()
-    if not path.exists():
-        raise FileNotFoundError(f"`path` is {path}, where there is nothing.")
-    expected = _checked_target(target)
+    path, expected = _existing(path), _checked_target(target)
     opened = _opened_orbax if path.is_dir() else _opened_bytes
     stored, load = _whole(path, lambda: opened(path))
     _check_same(path, stored, expected)
@@ -79,6 +75,7 @@ def read(path: str | Path) -> Any:
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
+        TypeError: path is no path.
         ValueError: the checkpoint is cut off or no checkpoint.
 
     Example:
@@ -93,9 +90,7 @@ def read(path: str | Path) -> Any:
     Source:
         orbax and Flax, whose formats these are.
     """
-    path = Path(path).absolute()
-    if not path.exists():
-        raise FileNotFoundError(f"`path` is {path}, where there is nothing.")
+    path = _existing(path)
     return _whole(
         path, lambda: _read_orbax(path) if path.is_dir() else serialization.msgpack_restore(path.read_bytes())
     )
@@ -113,6 +108,7 @@ def latest(path: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
+        TypeError: path is no path.
         ValueError: the folder holds no checkpoint, or several items.
 
     Example:
@@ -129,9 +125,7 @@ def latest(path: str | Path) -> Path:
     Source:
         orbax, whose layout this is.
     """
-    path = Path(path).absolute()
-    if not path.exists():
-        raise FileNotFoundError(f"`path` is {path}, where there is nothing.")
+    path = _existing(path)
     if path.is_file() or (path / ORBAX_MARK).exists():
         return path
     if (path / "checkpoints").is_dir():
@@ -144,6 +138,16 @@ def latest(path: str | Path) -> Path:
         found = ", ".join(sorted(item.name for item in items)) or "none"
         raise ValueError(f"`path` is {path}, a folder with {len(items)} checkpoints of orbax ({found}): name one.")
     return items[0]
+
+
+def _existing(path: Any) -> Path:
+    """The absolute path of something that is there."""
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"`path` is a {type(path).__name__}: expected the path of a file or directory.")
+    path = Path(path).absolute()
+    if not path.exists():
+        raise FileNotFoundError(f"`path` is {path}, where there is nothing: expected a file or directory.")
+    return path
 
 
 def _read_orbax(path: Path) -> Any:

@@ -99,6 +99,7 @@ class BatchNorm(nn.Module):
             The result, of the shape of x.
 
         Raises:
+            NameError: no transformation binds `axis_name`.
             TypeError: a wrong kind or dtype of argument.
             ValueError: shapes or values that do not fit; or no `count` beside statistics that a schedule would update.
         """
@@ -112,6 +113,8 @@ class BatchNorm(nn.Module):
         mean = self.variable("batch_stats", "mean", jnp.zeros, features, jnp.float32)
         var = self.variable("batch_stats", "var", jnp.ones, features, jnp.float32)
         count = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32) if counted else None
+        # Before Flax looks at the parameters' shapes, since it speaks of their initializers.
+        _flax.check_shapes(self, x, features, mean=mean.value, var=var.value)
         scale = self.param("scale", self.scale_init, features, self.param_dtype) if self.use_scale else None
         bias = self.param("bias", self.bias_init, features, self.param_dtype) if self.use_bias else None
         promoted = [x, *(param for param in (scale, bias) if param is not None)]
@@ -142,13 +145,13 @@ class BatchRenorm(BatchNorm):
 
     out = activation((xhat * r + d) * scale + bias), r and d clipped as in `jbn.batch_renorm`
 
-    It stores the variables of `BatchNorm`, with a `count` where a bound or the momentum is a schedule.
+    It has the attributes of `BatchNorm`, and stores its variables, with a `count` where a bound or the momentum is a
+    schedule.
 
     Attributes:
         r_max: bound of r, at least 1, or a schedule from the count of updates to it; 1 for the first 5,000 updates,
             then up to 3 at 40,000.
         d_max: bound of d, at least 0, or a schedule; 0 for the first 5,000 updates, then up to 5 at 25,000.
-        momentum: and all others are those of `BatchNorm`.
 
     Example:
         >>> import jax, jax.numpy as jnp

@@ -6,9 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jbn._arguments import Numeric, check_momentum, checked_momentum
+from jbn._arguments import check_momentum, checked_momentum, scheduled
 
 Schedule = Callable[[Any], Any]
 
@@ -53,7 +52,8 @@ def warmup(momentum: float) -> Schedule:
         Schedule from the count of updates so far, an int32 scalar, to a momentum, a float scalar.
 
     Raises:
-        ValueError: momentum is not in [0, 1].
+        TypeError: momentum is no number.
+        ValueError: it is not in [0, 1].
 
     Example:
         >>> import jbn
@@ -81,7 +81,8 @@ def debiased(momentum: float) -> Schedule:
         Schedule from the count of updates so far, an int32 scalar, to a momentum, a float scalar.
 
     Raises:
-        ValueError: momentum is not in [0, 1].
+        TypeError: momentum is no number.
+        ValueError: it is not in [0, 1].
 
     Example:
         >>> import jbn
@@ -119,6 +120,7 @@ def per_microbatch(momentum: float, microbatches: int) -> float:
         The share of the old value to keep at each of them.
 
     Raises:
+        TypeError: momentum is no number.
         ValueError: momentum is not in [0, 1], or microbatches is no int of at least 1.
 
     Example:
@@ -147,7 +149,8 @@ def from_torch(momentum: float | None) -> float | Schedule:
         A momentum for `batch_norm`.
 
     Raises:
-        ValueError: momentum is not in [0, 1].
+        TypeError: momentum is no number.
+        ValueError: it is not in [0, 1].
 
     Example:
         >>> import jbn
@@ -186,17 +189,12 @@ def at(momentum: Any, count: jax.Array, dtype: Any) -> jax.Array:
     Source:
         jbn's own convention.
     """
-    if momentum in (cumulative, warmup, debiased, per_microbatch, from_torch):
+    if any(momentum is maker for maker in (cumulative, warmup, debiased, per_microbatch, from_torch)):
         raise TypeError(
             f"`momentum` is jbn.momentum.{momentum.__name__} itself: call it, as in jbn.momentum.warmup(0.99)."
         )
     check_momentum(momentum)
-    value: Any = momentum(count) if callable(momentum) else momentum
-    if not isinstance(value, Numeric) or np.shape(value) != ():
-        raise TypeError(
-            f"`momentum` gives {value!r}: expected a number, or a function from the count of updates to a scalar."
-        )
-    return jnp.clip(jnp.asarray(value).astype(dtype), 0, 1)
+    return jnp.clip(scheduled("momentum", momentum, count, dtype), 0, 1)
 
 
 def _as_float(count: Any) -> jax.Array:

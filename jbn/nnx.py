@@ -51,7 +51,8 @@ class BatchNorm(nnx.Module):
         scale_metadata: metadata of the scale variable.
 
     Raises:
-        TypeError: an option of Flax that is not needed, or sizes that are no ints.
+        TypeError: an option of Flax that is not needed, sizes that are no ints, or rngs that are no nnx.Rngs.
+        ValueError: a size is negative.
 
     Example:
         >>> import jax.numpy as jnp
@@ -95,6 +96,8 @@ class BatchNorm(nnx.Module):
         _flax.refuse_not_needed(use_fast_variance=use_fast_variance, promote_dtype=promote_dtype)
         _flax.check_dtypes(dtype=dtype, param_dtype=param_dtype)
         features = _arguments.checked_features(num_features, "num_features")
+        if (use_scale or use_bias) and not hasattr(rngs, "params"):
+            raise TypeError(f"`rngs` is a {type(rngs).__name__} without a stream `params`: expected nnx.Rngs(0).")
         self.mean = nnx.BatchStat(jnp.zeros(features, jnp.float32))
         self.var = nnx.BatchStat(jnp.ones(features, jnp.float32))
         self.momentum = momentum
@@ -133,6 +136,7 @@ class BatchNorm(nnx.Module):
             The result, of the shape of x.
 
         Raises:
+            NameError: no transformation binds `axis_name`.
             TypeError: a wrong kind or dtype of argument.
             ValueError: shapes or values that do not fit.
         """
@@ -158,7 +162,15 @@ class BatchNorm(nnx.Module):
         return out
 
     def set_view(self, use_running_average: bool | None = None) -> None:
-        """What `nnx.view(model, use_running_average=...)` sets."""
+        """What `nnx.view(model, use_running_average=...)` sets.
+
+        Args:
+          use_running_average: True normalizes by the running statistics; None leaves it as it is.
+
+        Raises:
+            Nothing.
+        """
+        # nnx.view_info reads the argument from this docstring, where it is indented by two.
         if use_running_average is not None:
             self.use_running_average = use_running_average
 
@@ -185,10 +197,11 @@ class BatchRenorm(BatchNorm):
             then up to 3 at 40,000.
         d_max: bound of d, at least 0, or a schedule; 0 for the first 5,000 updates, then up to 5 at 25,000.
         rngs: key of the initializers.
-        **options: those of `BatchNorm`, `momentum:` and all others.
+        **options: those of `BatchNorm`.
 
     Raises:
-        TypeError: an option of Flax that is not needed, or sizes that are no ints.
+        TypeError: an option of Flax that is not needed, sizes that are no ints, or rngs that are no nnx.Rngs.
+        ValueError: a size is negative.
 
     Example:
         >>> import jax.numpy as jnp

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from jbn import diagnostics
+from jbn._arguments import checked_epsilon
 from jbn._nodes import shown
 from jbn.diagnostics._compare import distances as channel_distances
 from jbn.diagnostics._compare import pairs
@@ -18,7 +19,7 @@ try:
     from matplotlib.axes import Axes
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        f"jbn.plot needs {error.name}, which is not installed: pip install 'jbn[plot]'", name=error.name
+        f"`jbn.plot` needs {error.name}, which is not installed: pip install 'jbn[plot]'", name=error.name
     ) from None
 
 FEW = 12
@@ -46,6 +47,7 @@ def moving_average(
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
+        TypeError: ax is no matplotlib axes.
         ValueError: steps, batches and running are not of one shape (n,).
 
     Example:
@@ -87,7 +89,7 @@ def initial_weight(steps: int, momenta: Mapping[str, float | Schedule] = MOMENTA
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
-        TypeError: steps is no int, or momenta no mapping.
+        TypeError: steps is no int, momenta no mapping, or ax no matplotlib axes.
         ValueError: steps or a momentum is out of range, or there is no momentum.
 
     Example:
@@ -133,7 +135,7 @@ def error_against_momentum(
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
-        TypeError: steps or batch_size is no int.
+        TypeError: steps or batch_size is no int, or ax no matplotlib axes.
         ValueError: one of them is out of range, or there is no distance.
 
     Example:
@@ -181,6 +183,7 @@ def running_against_population(state: Any, population: Any, *, epsilon: float = 
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
+        TypeError: epsilon is no number, a tree is traced, or ax is no matplotlib axes.
         ValueError: a tree holds no statistics, or they have other nodes or shapes.
 
     Example:
@@ -194,10 +197,10 @@ def running_against_population(state: Any, population: Any, *, epsilon: float = 
     Source:
         `jbn.diagnostics.compare`.
     """
-    ax = _axes(ax)
+    added, ax = checked_epsilon(epsilon), _axes(ax)
     labels = []
     for place, (path, pair) in enumerate(pairs(state, population).items()):
-        error = channel_distances(*pair, epsilon)[0].ravel()
+        error = channel_distances(*pair, added)[0].ravel()
         usable = error[np.isfinite(error)]
         across = place + np.linspace(-0.3, 0.3, len(usable)) if len(usable) > 1 else [place] * len(usable)
         ax.plot(across, usable, ".", color="C3", alpha=0.5)
@@ -214,4 +217,6 @@ def running_against_population(state: Any, population: Any, *, epsilon: float = 
 
 def _axes(ax: Any) -> Axes:
     """The given axes, or those of a new figure."""
+    if ax is not None and not isinstance(ax, Axes):
+        raise TypeError(f"`ax` is a {type(ax).__name__}: expected axes of matplotlib, as in _, ax = pyplot.subplots().")
     return pyplot.subplots(layout="constrained")[1] if ax is None else ax

@@ -53,8 +53,8 @@ def convert_and_serve(params: jbn.Params, state: jbn.State) -> list[jbn.State]:
     kernel, bias = jbn.fold(*norms["norm"], jnp.ones((2, 3)), epsilon=1e-3, output_axis=-1)
     path = Path(tempfile.mkdtemp()) / "saved"
     path.write_bytes(serialization.to_bytes(state))
-    print(kernel.shape, bias.shape, rest, others)
-    return [*states, jbn.checkpoint.restore(path, state)]
+    print(kernel.shape, bias.shape, rest, others, jbn.checkpoint.read(path)["count"])
+    return [*states, jbn.checkpoint.restore(jbn.checkpoint.latest(path), state)]
 
 
 def see_and_repair(params: jbn.Params, state: jbn.State, x: jax.Array) -> jbn.State:

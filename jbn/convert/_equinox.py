@@ -33,7 +33,7 @@ def from_equinox(layer: Any, state: Any, *, count: int | None = None) -> tuple[P
 
     Raises:
         TypeError: layer is no `equinox.nn.BatchNorm` with modes, or count is no int.
-        ValueError: layer is a stack of norms, or count is negative.
+        ValueError: layer is a stack of norms, state is that of another layer, or count is negative.
 
     Example:
         >>> from types import SimpleNamespace
@@ -68,17 +68,27 @@ def entries_of(layer: Any, state: Any) -> dict[str, Any]:
         raise TypeError(f"`state` is a {type(state).__name__}: expected the equinox.nn.State of the layer.")
     entries = {"weight": layer.weight, "bias": layer.bias}
     if layer.mode == "ema":
-        mean, var = state.get(layer.ema_state_index)
-        first = _scalar(state.get(layer.ema_first_time_index))
+        mean, var = _stored(state, layer.ema_state_index)
+        first = _scalar(_stored(state, layer.ema_first_time_index))
         return {**entries, "mean": jnp.where(first, 0, mean), "var": jnp.where(first, -jnp.inf, var)}
-    counter = _scalar(state.get(layer.batch_counter))
-    hidden_mean, hidden_var = state.get(layer.batch_state_index)
+    counter = _scalar(_stored(state, layer.batch_counter))
+    hidden_mean, hidden_var = _stored(state, layer.batch_state_index)
     # Before the first batch nothing is hidden behind the start, which is then what there is.
     log = math.log(layer.momentum) if layer.momentum else -math.inf
     power = jnp.maximum(counter, 1).astype(hidden_var.dtype) * log
     left, gathered = (jnp.where(counter > 0, *both) for both in ((jnp.exp(power), 0), (-jnp.expm1(power), 1)))
     mean, var = hidden_mean / gathered, jnp.maximum(hidden_var - left, 0) / gathered
     return {**entries, "mean": mean, "var": var, "counter": counter}
+
+
+def _stored(state: Any, index: Any) -> Any:
+    try:
+        value = state.get(index)
+    except KeyError:
+        value = None
+    if value is None:
+        raise ValueError("`state` has nothing of `layer`: expected the equinox.nn.State that was made with it.")
+    return value
 
 
 def _scalar(value: Any) -> jax.Array:

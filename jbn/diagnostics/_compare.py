@@ -3,10 +3,11 @@
 from typing import Any
 
 import numpy as np
+from jax.core import Tracer
 
 from jbn import _nodes
 from jbn._arguments import checked_epsilon
-from jbn._nodes import Path, shown
+from jbn._nodes import Forest, Path, shown
 from jbn.diagnostics._table import Table
 
 COLUMNS = ("norm", "channel", "error", "shift", "ratio", "mean", "population mean", "var", "population var")
@@ -32,7 +33,7 @@ def compare(state: Any, population: Any, *, epsilon: float = 1e-5) -> Table:
         error inf.
 
     Raises:
-        TypeError: epsilon is no number.
+        TypeError: epsilon is no number, or a tree is traced.
         ValueError: a tree holds no statistics, or they have other nodes or shapes.
 
     Example:
@@ -54,18 +55,28 @@ def compare(state: Any, population: Any, *, epsilon: float = 1e-5) -> Table:
     return Table(COLUMNS, rows)
 
 
+def found(tree: Any, name: str) -> Forest:
+    """The nodes of a tree, which are looked at on the host."""
+    forest = _nodes.find(tree, name)
+    if any(isinstance(leaf, Tracer) for leaf in forest.leaves):
+        raise TypeError(f"{name} is traced, but diagnostics are numbers on the host: call them outside of jit.")
+    return forest
+
+
 Pair = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
 
 
-def pairs(state: Any, population: Any) -> dict[Path, Pair]:
+def pairs(state: Any, population: Any, name: str = "state") -> dict[Path, Pair]:
     """Running and population statistics of each node, in float64."""
-    running, right = _nodes.find(state, "`state`"), _nodes.find(population, "`population`")
+    running, right = found(state, f"`{name}`"), found(population, "`population`")
     alone = {shown(path) for path in running.nodes} ^ {shown(path) for path in right.nodes}
     if alone:
         listed = ", ".join(map(repr, sorted(alone)))
-        raise ValueError(f"`state` and `population` hold other norms: only one of them has {listed}.")
+        raise ValueError(
+            f"`{name}` and `population` hold other norms, expected the same: only one of them has {listed}."
+        )
     by_name = {shown(path): path for path in right.nodes}
-    found: dict[Path, Pair] = {}
+    beside: dict[Path, Pair] = {}
     for path in running.nodes:
         pair = tuple(
             {field: np.asarray(value, np.float64) for field, value in tree.at(at).items() if field != "count"}
@@ -74,11 +85,11 @@ def pairs(state: Any, population: Any) -> dict[Path, Pair]:
         shapes = [value.shape for fields in pair for value in fields.values()]
         if len(set(shapes)) > 1:
             raise ValueError(
-                f"`state` and `population` have statistics of shapes {shapes} at {shown(path) or 'the root'}: expected "
-                "one shape."
+                f"`{name}` and `population` have statistics of shapes {shapes} at {shown(path) or 'the root'}: "
+                "expected one shape."
             )
-        found[path] = (pair[0], pair[1])
-    return found
+        beside[path] = (pair[0], pair[1])
+    return beside
 
 
 def distances(running: dict[str, np.ndarray], right: dict[str, np.ndarray], epsilon: float) -> tuple[np.ndarray, ...]:

@@ -8,7 +8,7 @@ import numpy as np
 from jbn import _nodes
 from jbn._arguments import checked_epsilon, checked_momentum
 from jbn._nodes import shown
-from jbn.diagnostics._compare import distances, pairs
+from jbn.diagnostics._compare import distances, found, pairs
 from jbn.diagnostics._laws import checked_size
 from jbn.diagnostics._table import Table
 
@@ -23,9 +23,9 @@ def health(
     tree: Any,
     population: Any = None,
     *,
+    momentum: float | None = None,
     epsilon: float = 1e-5,
     far: float = 0.5,
-    momentum: float | None = None,
 ) -> Table:
     """Every norm in a tree, with the channels that something is wrong with.
 
@@ -35,10 +35,10 @@ def health(
     Args:
         tree: any tree with statistics: states, a Linen or NNX model's, or what a checkpoint holds.
         population: a tree with the same nodes, as `jbn.calibrate` gives, or None.
-        epsilon: that of the norms; a variance of no more than that is dead.
-        far: the error, in standard deviations of the output, from which a channel is far from the population.
         momentum: that of the norms, a number without warmup, where a norm with a count shall be stale as long as more
             than 1% of it is still the start.
+        epsilon: that of the norms; a variance of no more than that is dead.
+        far: the error, in standard deviations of the output, from which a channel is far from the population.
 
     Returns:
         Table with a row a norm: its path, channels, updates (None without a count), the four numbers of channels (far
@@ -46,7 +46,7 @@ def health(
         still the start), and the variables that are missing, if any.
 
     Raises:
-        TypeError: an option is no number.
+        TypeError: an option is no number, or a tree is traced.
         ValueError: tree or population holds no statistics, or they have other nodes or shapes.
 
     Example:
@@ -63,10 +63,10 @@ def health(
     added, limit = checked_epsilon(epsilon), checked_size("far", far)
     kept = None if momentum is None else checked_momentum("momentum", momentum)
     missing = _nodes.incomplete(tree, BATCH_NORM)
-    forest = _nodes.find(tree, "`tree`")
+    forest = found(tree, "`tree`")
     counts = {path: _updates(forest.at(path)) for path in forest.nodes}
     most = max((count for count in counts.values() if count is not None), default=0)
-    beside = {} if population is None else pairs(tree, population)
+    beside = {} if population is None else pairs(tree, population, "tree")
     rows: list[tuple[Any, ...]] = []
     for path in forest.nodes:
         fields = {field: np.asarray(value) for field, value in forest.at(path).items()}

@@ -25,7 +25,17 @@ class Table(NamedTuple):
     rows: list[tuple[Any, ...]]
 
     def text(self, rows: int = SHOWN) -> str:
-        """The first rows as aligned text; a last line says how many are left."""
+        """The first rows as aligned text; a last line says how many are left.
+
+        Args:
+            rows: how many of them, at most.
+
+        Returns:
+            Lines, without one that is empty at the end.
+
+        Raises:
+            Nothing.
+        """
         cells = [self.columns, *([_cell(value) for value in row] for row in self.rows[:rows])]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         numeric = [

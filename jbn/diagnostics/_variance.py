@@ -29,9 +29,9 @@ def expected_variance(
     momentum: float | Schedule,
     steps: int,
     batch_size: int,
+    distance: float = 1.0,
     *,
     running_var: str = "biased",
-    distance: float = 1.0,
     start_var: float = 1.0,
 ) -> VarianceError:
     """Bias and spread of the running variance, by the rule that averages it.
@@ -48,8 +48,8 @@ def expected_variance(
         momentum: share of the old value kept at an update, or a schedule from the count of updates to it.
         steps: the updates made, an int of at least 0.
         batch_size: n, independent values behind a batch's variance, an int of at least 1, of 2 for "unbiased".
-        running_var: the rule, "biased", "unbiased" or "total" (see `jbn.update`).
         distance: of the initial mean from the population's, in standard deviations; only "total" depends on it.
+        running_var: the rule, "biased", "unbiased" or "total" (see `jbn.update`).
         start_var: the initial variance, in units of the population's.
 
     Returns:
