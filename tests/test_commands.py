@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 
@@ -127,6 +128,22 @@ def test_a_pipe_that_closes_early(tmp_path):
     )
     assert listing.stdout.startswith("100 steps of 32 values")
     assert listing.stderr == ""
+
+
+def test_nothing_fails_at_the_end_where_nobody_reads(monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as unread, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", unread)
+        assert main(["momentum", "--steps", "100"]) == 1
+
+
+def test_python_runs_the_package(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["jbn", "momentum", "--steps", "100"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("jbn", run_name="__main__")
+    assert end.value.code == 0
+    assert capsys.readouterr().out.startswith("100 steps of 32 values")
 
 
 def test_momentum_tells_what_the_laws_say(tmp_path, capsys):

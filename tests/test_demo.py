@@ -15,8 +15,8 @@ import pytest
 import jbn
 from jbn.cli import main
 from jbn.commands import train
-from jbn.demo import checkpoints, data, loop, model, report
-from jbn.demo.options import Options, momentum_from_text
+from jbn.demo import checkpoints, data, loop, model, processes, report
+from jbn.demo.options import Options, check_processes, momentum_from_text
 
 
 @pytest.fixture(autouse=True)
@@ -142,6 +142,50 @@ def test_command_line_writes_and_tells(tmp_path, capsys):
     chex.assert_trees_all_equal_shapes(restored["params"]["dense"], params["dense"])
     chex.assert_tree_all_finite(restored["params"])
     assert isinstance(state["stem"], jbn.State)
+
+
+def test_a_process_that_does_not_write_only_trains(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(processes, "writes", lambda: False)
+    monkeypatch.setattr(loop, "_look", lambda *given: pytest.fail("it looked at the network"))
+    assert main(["train", "--steps", "1", "--devices", "1", "--out", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_coordinator_is_handed_to_jax(monkeypatch):
+    joined = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *given: joined.append(given))
+    for options in (Options(), Options(coordinator="h:1", num_processes=2, process_id=1), Options(coordinator="auto")):
+        check_processes(options)
+        processes.join(options)
+    assert joined == [("h:1", 2, 1), (None, None, None)]
+
+
+def test_every_bit_comes_from_the_process_that_writes(monkeypatch):
+    """Though what goes from one process to all is a sum with zeros."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    sums = processes.multihost_utils
+    monkeypatch.setattr(sums, "broadcast_one_to_all", lambda tree: jax.tree.map(lambda array: array + 0, tree))
+    sent = [np.array([[-0.0, np.nan, 1.5]], np.float32), np.array(7, np.int32), np.array(True), np.zeros((0, 2))]
+    for actual, expected in zip(processes.from_writer(sent), sent, strict=True):
+        assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
+        assert actual.tobytes() == expected.tobytes()
+
+
+def test_a_cpu_stands_for_several_devices(monkeypatch):
+    asked = []
+    with monkeypatch.context() as patched:
+        patched.setattr(jax.config, "update", lambda *given: asked.append(given))
+        train._make_cpu_devices(3)
+        assert asked == []
+        patched.delenv("XLA_FLAGS")
+        for devices in (None, 0, 3):
+            train._make_cpu_devices(devices)
+        assert asked == [("jax_num_cpu_devices", 3)]
+    assert len(jax.devices()) == 8
+    monkeypatch.delenv("XLA_FLAGS")
+    train._make_cpu_devices(3)
+    assert len(jax.devices()) == 8
 
 
 REFUSED = {
@@ -285,6 +329,24 @@ def test_a_missing_extra_is_named(tmp_path, capsys, monkeypatch):
         main(["train", "--out", str(tmp_path)])
     assert ended.value.code == 1
     assert "pip install 'jbn[demo]'" in capsys.readouterr().err
+
+
+def test_a_fault_of_our_own_is_not_called_a_missing_extra(monkeypatch):
+    def broken(options):
+        raise ModuleNotFoundError("No module named 'jbn.absent'", name="jbn.absent")
+
+    monkeypatch.setattr(train, "run", broken)
+    with pytest.raises(ModuleNotFoundError, match=r"jbn\.absent"):
+        main(["train"])
+
+
+def test_elsewhere_there_is_a_line_now_and_then(capsys, lesson):
+    with train._progress(60) as watch:
+        for look in lesson["0.9"][1].record.looks:
+            watch(look)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lesson["0.9"][1].record.looks) == 60
+    assert [line.split()[1] for line in lines] == [f"{step}/60" for step in (1, *range(7, 60, 6), 60)]
 
 
 def test_a_terminal_gets_a_bar(monkeypatch, capsys, lesson):
