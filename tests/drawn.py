@@ -44,6 +44,8 @@ class Batch(NamedTuple):
     x: np.ndarray
     feature_axis: int | tuple[int, ...]
     mask: np.ndarray | None
+    rounding: float = 0.0
+    """By how much, relative to the values, a center that is computed may be beside them all."""
 
     @property
     def reduced(self):
@@ -67,11 +69,12 @@ class Batch(NamedTuple):
         return np.expand_dims(np.asarray(vector, np.float64), self.reduced)
 
     def spread(self):
-        """The largest valid value of each feature less the smallest."""
+        """The largest valid value of each feature less the smallest: no center is further from a value."""
         x = np.asarray(self.x, np.float64)
         highest = np.max(x, axis=self.reduced, where=self.valid, initial=-np.inf)
         lowest = np.min(x, axis=self.reduced, where=self.valid, initial=np.inf)
-        return np.maximum(highest - lowest, 0)
+        highest, lowest = (np.where(highest < lowest, 0, end) for end in (highest, lowest))
+        return highest - lowest + self.rounding * np.maximum(np.abs(highest), np.abs(lowest))
 
     def fits(self):
         """Whether sums of squared deviations are within the range of the arithmetic."""

@@ -52,16 +52,17 @@ def assert_within(actual, expected, bound):
 def out_bound(batch, params, expected, dtype, epsilon=1e-5):
     """Sums about a shift that is t standard deviations away lose t units of the mean and t**2 of the variance."""
     t = condition(batch, expected, epsilon)
+    rstd = 1 / np.sqrt(batch.over_x(expected.var) + epsilon)
     with np.errstate(invalid="ignore"):
-        xhat = np.where(batch.valid, (np.asarray(batch.x, np.float64) - batch.over_x(expected.mean)), 0)
-    xhat = np.abs(xhat) / np.sqrt(batch.over_x(expected.var) + epsilon)
+        centered = np.abs(np.where(batch.valid, np.float64(batch.x) - batch.over_x(expected.mean), 0))
     scale, bias = (batch.over_x(np.abs(np.float64(vector))) for vector in params)
     result = batch.x.dtype.name
     low = UNIT[result] * np.abs(expected.out) + 2.0**-24 if result != dtype else 0
     if dtype == "float64":
         # The reference rounds the mean too.
-        t = t + batch.over_x(np.abs(expected.mean) / np.sqrt(expected.var + epsilon))
-    return SUM * UNIT[dtype] * (scale * (t + xhat * t**2) + bias) + low
+        t = t + batch.over_x(np.abs(expected.mean)) * rstd
+    flushed = FLUSHED * (1 + scale * rstd + centered)
+    return SUM * UNIT[dtype] * (scale * (t + centered * rstd * t**2) + bias) + flushed + low
 
 
 def mean_bound(batch, expected, dtype, *others):
@@ -240,7 +241,9 @@ def test_a_shared_batch_is_the_whole_batch(data, places, rows):
     x = ((np.float64(data.draw(arrays((places[1] * rows, 2)))) + offset) * scale).astype(np.float32)
     mask = np.array(data.draw(st.lists(st.booleans(), min_size=len(x), max_size=len(x))))
     params, state = data.draw(norms((2,), scale=scale))
-    batch = Batch(x, -1, mask)
+    # The parts of many places are summed about a rounded mean.
+    batch = Batch(x, -1, mask, rounding=4 * UNIT["float32"] * (places[1] > 16))
+    assume(batch.fits())
     out, new_state = SHARED[places](params, state, x, mask)
     expected = reference.batch_norm(x, *params, mask=mask)
     assert_within(out, expected.out, out_bound(batch, params, expected, "float32"))
@@ -267,13 +270,13 @@ def test_what_does_not_fit_is_loud_and_leaves_the_state(data, running_var):
     expected = reference.batch_norm(batch.x, *params, **options)
     correct = np.abs(np.float64(out) - expected.out) <= out_bound(batch, params, expected, "float32")
     assert (correct | ~np.isfinite(np.float32(out))).all()
-    if new_state.count == next_count(state.count):
+    kept = all(np.array_equal(*leaves) for leaves in zip(new_state, state, strict=True))
+    if not kept or (batch.fits() and running_var == "biased" and expected.count):
+        assert new_state.count == next_count(state.count)
         mean, var = reference.update(*map(np.float64, state[:2]), expected, 0.99, running_var)
         assert_within(new_state.mean, mean, mean_bound(batch, expected, "float32", state.mean))
         between = (expected.mean - state.mean) ** 2 if running_var == "total" else 0 * mean
         assert_within(new_state.var, var, var_bound(batch, "float32", state.var, between))
-    else:
-        assert_same(new_state, state)
 
 
 @given(data=st.data(), fault=st.sampled_from([np.nan, np.inf, -np.inf]))

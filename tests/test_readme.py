@@ -6,11 +6,13 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import reference
+from public_names import PUBLIC
 from tolerances import assert_close
 
 import jbn
@@ -76,6 +78,24 @@ def test_readme_speaks_to_users(name):
 def test_files_that_are_named_exist():
     for path in re.findall(r"`((?:tests|jbn)/[\w./]*)`", README):
         assert (ROOT / path).exists(), path
+
+
+def test_the_table_has_every_public_name_in_the_words_of_its_documentation():
+    table = dict(re.findall(r"^\| `(jbn\.[\w.]+)` \| (.*) \|$", README, re.MULTILINE))
+    assert table == {name: value.__doc__.splitlines()[0] for name, value in PUBLIC.items()}
+
+
+def test_the_oldest_versions_are_the_lower_bounds():
+    bounds = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    pinned = (ROOT / ".ci" / "oldest.txt").read_text().splitlines()
+    assert [bound.replace(">=", "==") for bound in bounds] == [line for line in pinned if "#" not in line][
+        : len(bounds)
+    ]
+
+
+def test_the_changelog_ends_at_this_version():
+    versions = re.findall(r"^## \[([\d.]+)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert versions[0] == jbn.__version__
 
 
 def test_warmup_takes_the_start_away(rng):

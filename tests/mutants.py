@@ -1,0 +1,235 @@
+"""Mutation testing of the mathematics: small faults planted one at a time, each of which some test must find.
+
+    python tests/mutants.py --out mutants.json
+
+Draws mutants by a fixed seed, runs the tests of each in a copy of the repository, and lists those that survive. A
+survivor lacks a test, or changes nothing that can be observed. Takes hours; the same --out again runs what is left, the
+survivors included.
+"""
+
+import argparse
+import ast
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+CORE = ["batch_norm", "standardize", "moments", "state", "collectives", "batch_renorm", "sharding", "merge_states"]
+FIRST = {
+    "_moments": ["moments"],
+    "_shifted_moments": ["moments", "merge_states", "collectives"],
+    "_shift": ["shift", "moments", "lean"],
+    "_standardize": ["batch_norm", "standardize", "batch_renorm"],
+    "_forward": ["batch_norm", "batch_renorm", "refusals"],
+    "_batch_norm": ["batch_norm"],
+    "_state": ["state"],
+    "_collectives": ["collectives"],
+    "momentum": ["momentum", "state"],
+}
+"""The modules to plant faults in, and the tests that are likely to find them soonest."""
+LAST = ["properties", "properties_of_statistics", "lean", "checkpoint_policy", "calibrate", "refusals"]
+SWAPS = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.FloorDiv,
+    ast.Pow: ast.Mult,
+    ast.BitAnd: ast.BitOr,
+    ast.BitOr: ast.BitAnd,
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+    ast.And: ast.Or,
+    ast.Or: ast.And,
+}
+CALLS = {
+    "maximum": "minimum",
+    "minimum": "maximum",
+    "max": "min",
+    "min": "max",
+    "sum": "max",
+    "ones": "zeros",
+    "zeros": "ones",
+    "ones_like": "zeros_like",
+    "zeros_like": "ones_like",
+    "rsqrt": "sqrt",
+    "expm1": "exp",
+    "all": "any",
+    "any": "all",
+    "isneginf": "isposinf",
+    "rint": "floor",
+}
+DROPPED = {"stop_gradient", "square", "sqrt", "expand_dims", "astype", "platform_dependent"}
+
+
+class Mutant(NamedTuple):
+    module: str
+    line: int
+    before: str
+    after: str
+    source: str
+
+
+def main() -> None:
+    arguments = _arguments()
+    drawn = drawn_by(arguments.seed)[: arguments.mutants]
+    results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    left = [(key, mutant) for key, mutant in drawn if results.get(key) is None]
+    print(f"{len(drawn)} mutants, {len(left)} of them to run", flush=True)
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for (key, mutant), killer in zip(left, pool.map(lambda pair: killed_by(pair[1]), left), strict=True):
+            results[key] = killer
+            arguments.out.write_text(json.dumps(results, indent=1))
+            print(f"{described(mutant)}  |  {killer or 'SURVIVES'}", flush=True)
+    survivors = [mutant for key, mutant in drawn if results[key] is None]
+    print(f"{len(drawn) - len(survivors)} killed, {len(survivors)} survive", *map(described, survivors), sep="\n")
+
+
+def drawn_by(seed: int) -> list[tuple[str, Mutant]]:
+    """All mutants in an order that the seed decides, each by a key that edits elsewhere leave as it is."""
+    keyed, seen = [], Counter()
+    for module in FIRST:
+        for mutant in mutants_of(module):
+            change = f"{seed} {module} {mutant.before} {mutant.after}"
+            seen[change] += 1
+            keyed.append((hashlib.sha256(f"{change} {seen[change]}".encode()).hexdigest()[:16], mutant))
+    return sorted(keyed, key=lambda pair: pair[0])
+
+
+def described(mutant: Mutant) -> str:
+    return " ".join(f"{mutant.module}:{mutant.line}  {mutant.before}  ->  {mutant.after}".split())
+
+
+def mutants_of(module: str) -> Iterator[Mutant]:
+    """Every mutant of a module, in the order of its source."""
+    source = (ROOT / "jbn" / f"{module}.py").read_text()
+    for node in _code(ast.parse(source)):
+        before = ast.get_source_segment(source, node)
+        for after in _replacements(node):
+            if before is not None and after != before:
+                yield Mutant(module, node.lineno, before, after, _spliced(source, node, after))
+
+
+def _code(tree: ast.AST) -> Iterator[ast.expr]:
+    """The expressions of functions that decide what is computed: no annotations, words of errors or docstrings."""
+    for field, value in ast.iter_fields(tree):
+        if field in ("annotation", "returns") or isinstance(tree, ast.Raise):
+            continue
+        for node in value if isinstance(value, list) else [value]:
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                continue
+            if isinstance(node, ast.JoinedStr | ast.Import | ast.ImportFrom) or not isinstance(node, ast.AST):
+                continue
+            if isinstance(node, ast.expr) and not isinstance(node, ast.Starred | ast.Slice):
+                yield node
+            yield from _code(node)
+
+
+def _replacements(node: ast.expr) -> Iterator[str]:
+    copy = deepcopy(node)
+    if isinstance(copy, ast.BinOp | ast.BoolOp) and type(copy.op) in SWAPS:
+        copy.op = SWAPS[type(copy.op)]()
+        yield f"({ast.unparse(copy)})"
+    elif isinstance(copy, ast.Compare) and type(copy.ops[0]) in SWAPS:
+        copy.ops[0] = SWAPS[type(copy.ops[0])]()
+        yield f"({ast.unparse(copy)})"
+    elif isinstance(copy, ast.UnaryOp) and isinstance(copy.op, ast.Not | ast.USub | ast.Invert):
+        yield ast.unparse(copy.operand)
+    elif isinstance(copy, ast.IfExp):
+        yield f"({ast.unparse(copy.body)})"
+        yield f"({ast.unparse(copy.orelse)})"
+    elif isinstance(copy, ast.Constant):
+        yield from _other_constants(copy.value)
+    elif isinstance(copy, ast.Call):
+        yield from _other_calls(copy)
+
+
+def _other_constants(value: object) -> Iterator[str]:
+    if isinstance(value, bool):
+        yield repr(not value)
+    elif isinstance(value, int | float):
+        yield repr(value + 1)
+        if value > 1:
+            yield repr(value - 1)
+
+
+def _other_calls(call: ast.Call) -> Iterator[str]:
+    """Another function for this one, two arguments of a choice the other way round, or the argument itself."""
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    if name in CALLS and isinstance(call.func, ast.Attribute):
+        yield ast.unparse(ast.Call(ast.Attribute(call.func.value, CALLS[name]), call.args, call.keywords))
+    if name == "where" and len(call.args) == 3:
+        condition, chosen, other = call.args
+        yield ast.unparse(ast.Call(call.func, [condition, other, chosen], call.keywords))
+    if name in DROPPED and isinstance(call.func, ast.Attribute):
+        yield ast.unparse(call.func.value if name == "astype" else call.args[0])
+
+
+def _spliced(source: str, node: ast.expr, replacement: str) -> str:
+    lines = source.encode().splitlines(keepends=True)
+    assert node.end_lineno is not None and node.end_col_offset is not None
+    start = sum(map(len, lines[: node.lineno - 1])) + node.col_offset
+    end = sum(map(len, lines[: node.end_lineno - 1])) + node.end_col_offset
+    encoded = source.encode()
+    return (encoded[:start] + replacement.encode() + encoded[end:]).decode()
+
+
+def killed_by(mutant: Mutant) -> str | None:
+    """The first test that fails with this fault in place, or None."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("jbn", "tests", "pyproject.toml", "README.md", "CHANGELOG.md"):
+            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+            copy(ROOT / name, Path(folder) / name)
+        (Path(folder) / "jbn" / f"{mutant.module}.py").write_text(mutant.source)
+        names = list(dict.fromkeys([*FIRST[mutant.module], *CORE, *LAST]))
+        files = [f"tests/test_{name}.py" for name in names if (ROOT / "tests" / f"test_{name}.py").exists()]
+        command = [sys.executable, "-m", "pytest", "-n", "0", "-x", "-q", "--no-header", "-p", "no:cacheprovider"]
+        environment = os.environ | {"PYTHONPATH": folder, "JAX_COMPILATION_CACHE_DIR": str(CACHE), **CACHE_EVERYTHING}
+        run = subprocess.Popen([*command, *files], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
+        try:
+            output, _ = run.communicate(timeout=3600)
+        except subprocess.TimeoutExpired:
+            run.kill()
+            return "an endless loop"
+        failed = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
+        return None if run.returncode == 0 else (failed or ["the tests cannot be collected"])[0][:200]
+
+
+CACHE = Path(tempfile.gettempdir()) / "jbn-mutants-cache"
+CACHE_EVERYTHING = {
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
+"""Most programs of a mutant are those of the others, compiled once for all."""
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mutants", type=int, default=150, help="how many to draw (150)")
+    parser.add_argument("--seed", type=int, default=0, help="by which they are drawn (0)")
+    parser.add_argument("--jobs", type=int, default=1, help="how many to run at once (1)")
+    parser.add_argument("--out", type=Path, default=Path("mutants.json"), help="where the results are kept")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
