@@ -8,6 +8,7 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
+from jupyter_client import KernelManager
 from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
@@ -61,7 +62,9 @@ def test_notebook_runs_and_shows_what_it_showed(path, plain_environment):
     assert all(cell.execution_count for cell in committed.cells if cell.cell_type == "code"), "not executed"
     run = nbformat.read(path, as_version=4)
     resources = {"metadata": {"path": str(FOLDER)}}
-    NotebookClient(run, timeout=SECONDS, kernel_name="python3", resources=resources).execute()
+    # By the manager that blocks: with the other, a busy machine's event loop can miss a message and wait for ever.
+    options = {"timeout": SECONDS, "kernel_name": "python3", "kernel_manager_class": KernelManager}
+    NotebookClient(run, resources=resources, **options).execute()
     assert kinds(run) == kinds(committed)
     for notebook in (run, committed):
         assert not any("stderr" in cell for cell in kinds(notebook)), "a warning"

@@ -94,10 +94,13 @@ def test_output_and_state_are_those_of_the_formula(dtypes, data, momentum, runni
     if expected.count <= (running_var == "unbiased"):
         assert_same(new_state, state)
         return
+    between = (
+        (np.abs(expected.mean - state.mean) + batch.spread()) ** 2 if running_var == "total" else 0 * expected.mean
+    )
+    assume(np.all(between < np.finfo(dtype).max / 4))
     mean, var = reference.update(*map(np.float64, state[:2]), expected, float(momentum), running_var)
     assert new_state.count == next_count(state.count)
     assert_within(new_state.mean, mean, mean_bound(batch, expected, dtype, state.mean))
-    between = (np.abs(expected.mean - state.mean) + batch.spread()) ** 2 if running_var == "total" else 0 * mean
     assert_within(new_state.var, var, var_bound(batch, dtype, state.var, 2 * expected.var, between))
 
 

@@ -31,6 +31,13 @@ def test_state_keeps_its_dtype(x64, rng):
             assert state.count.dtype == jnp.int32
 
 
+def test_a_state_of_two_dtypes_takes_that_of_its_mean(x64, rng):
+    state = jbn.State(jnp.zeros(3, jnp.float32), jnp.ones(3, jnp.float64), jnp.int32(0))
+    new = jbn.update(state, batch(rng), momentum=0)
+    assert new.mean.dtype == new.var.dtype == jnp.float32
+    assert_close(new.var, batch(np.random.default_rng(0)).var)
+
+
 def test_averaged_state_with_a_float_count_works(rng):
     _, state = jbn.init(3)
     states = [jbn.update(state, batch(rng)) for _ in range(2)]
