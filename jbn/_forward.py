@@ -76,7 +76,7 @@ def forward(
         out, batch = _standardized(rule, x, mask, affine, activation, target)
     else:
         out, batch = _standardized_in_groups(groups, rule, x, mask, affine, activation, target)
-        batch = shared(union(jax.lax.stop_gradient(batch)), sharing)
+        batch = shared(union(batch), sharing)
     new_state = update(state, rounded(batch, features), momentum=momentum, running_var=running_var)
     return out, new_state
 

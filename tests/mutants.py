@@ -26,15 +26,15 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 CORE = ["batch_norm", "standardize", "moments", "state", "collectives", "batch_renorm", "sharding", "merge_states"]
 FIRST = {
-    "_moments": ["moments"],
+    "_moments": ["moments", "merge_states", "state"],
     "_shifted_moments": ["moments", "merge_states", "collectives"],
     "_shift": ["shift", "moments", "lean"],
-    "_standardize": ["batch_norm", "standardize", "batch_renorm"],
-    "_forward": ["batch_norm", "batch_renorm", "refusals"],
-    "_batch_norm": ["batch_norm"],
-    "_state": ["state"],
-    "_collectives": ["collectives"],
-    "momentum": ["momentum", "state"],
+    "_standardize": ["batch_norm", "batch_renorm", "activation", "standardize"],
+    "_forward": ["batch_norm", "batch_renorm", "arguments"],
+    "_batch_norm": ["batch_norm", "arguments"],
+    "_state": ["state", "batch_norm"],
+    "_collectives": ["collectives", "arguments"],
+    "momentum": ["momentum", "state", "arguments"],
 }
 """The modules to plant faults in, and the tests that are likely to find them soonest."""
 LAST = ["properties", "properties_of_statistics", "lean", "checkpoint_policy", "calibrate", "refusals"]

@@ -59,6 +59,7 @@ def test_debiased_at_the_ends():
 
 def test_per_microbatch_keeps_the_same_share():
     np.testing.assert_allclose(jbn.momentum.per_microbatch(0.9, 4) ** 4, 0.9)
+    assert jbn.momentum.per_microbatch(0.9, 1) == 0.9
     with pytest.raises(ValueError, match="`microbatches` is 0"):
         jbn.momentum.per_microbatch(0.9, 0)
 

@@ -62,7 +62,7 @@ def test_notebook_runs_and_shows_what_it_showed(path, plain_environment):
     assert all(cell.execution_count for cell in committed.cells if cell.cell_type == "code"), "not executed"
     run = nbformat.read(path, as_version=4)
     resources = {"metadata": {"path": str(FOLDER)}}
-    # By the manager that blocks: with the other, a busy machine's event loop can miss a message and wait for ever.
+    # By the manager that blocks: on a busy machine the other's event loop can miss a reply, and waits out the timeout.
     options = {"timeout": SECONDS, "kernel_name": "python3", "kernel_manager_class": KernelManager}
     NotebookClient(run, resources=resources, **options).execute()
     assert kinds(run) == kinds(committed)

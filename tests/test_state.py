@@ -174,6 +174,24 @@ def test_count_is_exact_beyond_what_float32_can_count(rng):
     assert int(jbn.update(late, batch(rng)).count) == 2**24 + 2
 
 
+def test_count_ends_at_the_largest_int32(rng):
+    _, state = jbn.init(3)
+    last = state._replace(count=jnp.int32(2**31 - 1))
+    new = jbn.update(last, batch(rng))
+    assert int(new.count) == 2**31 - 1
+    assert (np.asarray(new.mean) != 0).all()
+
+
+@pytest.mark.parametrize("field", ["mean", "var"])
+def test_a_faulty_batch_is_refused_beside_a_faulty_state(rng, field):
+    """What is wrong in a feature that is lost anyway tells of the batch."""
+    _, state = jbn.init(3)
+    faulty = state._replace(mean=jnp.array([0.0, jnp.nan, 0.0]))
+    good = batch(rng)
+    bad = good._replace(**{field: getattr(good, field).at[1].set(jnp.nan)})
+    jax.tree.map(np.testing.assert_array_equal, jbn.update(faulty, bad), faulty)
+
+
 def test_a_fault_in_one_feature_stays_there(rng):
     _, state = jbn.init(3)
     faulty = state._replace(mean=jnp.array([0.0, jnp.nan, 0.0]), var=jnp.array([1.0, 1.0, jnp.inf]))
