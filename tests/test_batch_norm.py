@@ -327,3 +327,19 @@ def test_a_symbolic_batch_is_as_exact(rng):
     for case in ("first row far", "second row far"):
         x, _ = ill_conditioned(rng, 2**16, 1e4, case)
         np.testing.assert_allclose(exported.call(x), reference.batch_norm(x).var, rtol=1e-5)
+
+
+@pytest.mark.parametrize("norm", [jbn.batch_norm, jbn.batch_renorm])
+def test_a_variance_beyond_the_range_is_loud(norm):
+    """The reciprocal of its root is 0, which would give the bias for everything."""
+    x = jnp.array([[1e20, 1.0], [-1e20, 2.0], [0.0, 6.0]])
+    params, state = jbn.init(2)
+    out, new_state = norm(params, state, x, True)
+    assert np.isnan(out[:, 0]).all()
+    assert np.isfinite(out[:, 1]).all()
+    jax.tree.map(np.testing.assert_array_equal, new_state, state)
+    faulty = state._replace(var=jnp.array([jnp.inf, 1.0]))
+    assert np.isnan(norm(params, faulty, x, False)[0][:, 0]).all()
+    kernel, bias = jbn.fold(params, faulty, jnp.ones((3, 2)))
+    assert np.isnan(kernel[:, 0]).all() and np.isnan(bias[0])
+    assert np.isfinite(kernel[:, 1]).all() and np.isfinite(bias[1])

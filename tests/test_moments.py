@@ -128,6 +128,21 @@ def test_moments_are_differentiable(x64, rng, mask):
         np.testing.assert_allclose(derivative(summary)(x), derivative(plain)(x), atol=1e-10)
 
 
+def test_a_hundred_million_rows_of_one_feature():
+    """More than float32 can count one by one: 2**27 rows, and more than 2**24 valid ones among 2**25."""
+    rows = np.random.default_rng(0).normal(size=2**10) + 1e4
+    rows = rows.astype(np.float32)
+    x = jnp.tile(rows, 2**17)[:, None]
+    found, expected = moments(x), reference.batch_norm(rows[:, None])
+    assert float(found.count) == 2**27
+    assert_close(found.mean, expected.mean)
+    np.testing.assert_allclose(found.var, expected.var, rtol=1e-5)
+    mask = rows > 1e4 - 0.67
+    found = moments(x[: 2**25], mask=jnp.tile(mask, 2**15))
+    assert float(found.count) == mask.sum() * 2**15 > 2**24
+    np.testing.assert_allclose(found.var, reference.batch_norm(rows[mask][:, None]).var, rtol=1e-5)
+
+
 @pytest.mark.parametrize("rows", [0, 1, 2, 3])
 def test_few_rows(rows):
     x = np.arange(2 * rows, dtype=np.float32).reshape(rows, 2) ** 2

@@ -31,6 +31,13 @@ def test_state_keeps_its_dtype(x64, rng):
             assert state.count.dtype == jnp.int32
 
 
+@pytest.mark.parametrize("count", [2.9999998, 3.0000002, 2.5])
+def test_an_averaged_count_is_rounded(rng, count):
+    _, state = jbn.init(3)
+    new = jbn.update(state._replace(count=jnp.float32(count)), batch(rng))
+    assert int(new.count) == round(count) + 1
+
+
 def test_a_state_of_two_dtypes_takes_that_of_its_mean(x64, rng):
     state = jbn.State(jnp.zeros(3, jnp.float32), jnp.ones(3, jnp.float64), jnp.int32(0))
     new = jbn.update(state, batch(rng), momentum=0)
