@@ -273,7 +273,8 @@ def test_what_varies_without_being_differentiated(mesh, rng, varying, activation
 
 
 @pytest.mark.parametrize(
-    ("places", "center", "spread"), [(4, 1e20, 1e-6), (32, 1e20, 1e-6), (4, 1e37, 0), (32, 1e24, 0)]
+    ("places", "center", "spread"),
+    [(4, 1e20, 1e-6), (32, 1e20, 1e-6), (4, -1e5, 1e-5), (32, -1e5, 1e-5), (4, 1e37, 0), (32, 1e24, 0)],
 )
 def test_parts_far_from_zero_and_an_empty_one(rng, places, center, spread):
     """The distance from where nothing is may be beyond the range once it is squared."""

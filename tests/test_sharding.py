@@ -216,6 +216,18 @@ def test_features_that_are_split_have_local_statistics():
     assert sent(lambda params, x: jbn_layer(None, params, jbn.init(32)[1], x, None), args, x) == ["(pred[], pred[])"]
 
 
+@pytest.mark.parametrize(
+    ("groups", "rows"), [(None, 8), ([[0, 1], [2, 3], [4, 5], [6, 7]], 2), ([[0, 1, 2], [3, 4, 5, 6, 7]], 8)]
+)
+def test_a_group_sends_a_row_for_each_member(groups, rows):
+    """Of mean's shift and offset, variance and count; where the groups differ in size, for each place on the axis."""
+    one_device = functools.partial(jbn.moments, axis_name="devices", axis_index_groups=groups)
+    mapped = jax.shard_map(
+        one_device, mesh=devices_of({"devices": 8}), in_specs=P("devices"), out_specs=P(), check_vma=False
+    )
+    assert sent(mapped, np.ones((16, 5), np.float32)) == [f"f32[{rows},16]"]
+
+
 def test_the_script_that_counts_for_a_whole_network():
     script = Path(__file__).parent / "shared_cost.py"
     run = subprocess.run([sys.executable, script, "--devices", "2"], capture_output=True, text=True)
