@@ -47,6 +47,14 @@ def test_each_draws_where_it_is_told(draw):
     ax.figure.canvas.draw()
 
 
+def test_a_population_is_drawn_where_it_is_known():
+    labels = [
+        [text.get_text() for text in plot.moving_average([1, 2], [1.0, 2.0], [0.1, 0.3], *known).get_legend().texts]
+        for known in ((), (2.0,))
+    ]
+    assert labels == [["batches", "running"], ["batches", "running", "population"]]
+
+
 def test_initial_weight():
     ax = PICTURES["weight"]()
     np.testing.assert_allclose(ax.lines[0].get_ydata(), 0.9 ** np.arange(101))
