@@ -1,8 +1,9 @@
-"""Eight host devices for every test, strict promotion for those of jbn, and 64-bit arithmetic on demand."""
+"""The devices that the tests run on, what a test asks of its surroundings, and strict promotion for jbn."""
 
+import importlib.util
 import os
+import re
 
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+if jax.config.jax_platforms == "cpu" and "device_count" not in os.environ.get("XLA_FLAGS", ""):
+    jax.config.update("jax_num_cpu_devices", 8)
 settings.register_profile("quick", max_examples=20, deadline=None, derandomize=True, database=None)
 settings.register_profile("thorough", max_examples=2000, deadline=None)
 settings.register_profile("free_shapes", max_examples=200, deadline=None)
@@ -18,20 +21,37 @@ settings.load_profile("quick")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--no-skips", action="store_true", help="fail when a test was skipped")
+    parser.addoption("--may-skip", metavar="REGEX", help="fail when a test is skipped for any other reason")
 
 
 def pytest_sessionfinish(session, exitstatus):
+    allowed = session.config.getoption("--may-skip")
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    skipped = reporter is not None and reporter.stats.get("skipped")
-    if session.config.getoption("--no-skips") and skipped and exitstatus == 0:
+    if allowed is None or reporter is None or exitstatus != 0:
+        return
+    reasons = [str(report.longrepr) for report in reporter.stats.get("skipped", ())]
+    if not all(re.search(allowed, reason) for reason in reasons):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Skip what cannot run here: a package, devices or a CPU that a marker asks for are not there."""
+    packages = [package for marker in item.iter_markers("needs") for package in marker.args]
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        pytest.skip(f"{' and '.join(missing)} is not installed: pip install -e '.[peers]'")
+    devices = item.get_closest_marker("devices")
+    if devices and jax.device_count() < devices.args[0]:
+        pytest.skip(f"needs {devices.args[0]} devices, and {jax.default_backend()} has {jax.device_count()}")
+    if item.get_closest_marker("cpu") and jax.default_backend() != "cpu":
+        pytest.skip(f"reads a program compiled for a CPU, and this is {jax.default_backend()}")
 
 
 @pytest.fixture(autouse=True)
 def strict_promotion(request):
-    """Implicit promotion of ranks and dtypes is an error in jbn; peers are free to use it."""
-    if request.node.get_closest_marker("peers"):
+    """Implicit promotion of ranks and dtypes is an error in jbn; Flax, optax and the peers are free to use it."""
+    if request.node.get_closest_marker("standard_promotion") or request.node.get_closest_marker("needs"):
         yield
         return
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):

@@ -1,0 +1,91 @@
+"""The notebooks run, in silence about this machine, and show what their committed outputs show."""
+
+import base64
+import itertools
+import re
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+from jupyter_client import KernelManager
+from nbclient import NotebookClient
+
+FOLDER = Path(__file__).parents[2] / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+SECONDS = 240
+MACHINE = re.compile(r"/(?:home|root|tmp|usr|opt|work|Users|private|var)/|site-packages|[A-Z]:\\\\")
+
+
+def kinds(notebook):
+    """What each cell puts out: streams by their name, results by the forms in which they can be shown."""
+    found = []
+    for cell in notebook.cells:
+        forms = (output.get("name") or sorted(output.get("data", ())) for output in cell.get("outputs", ()))
+        # How many pieces a stream comes in is chance.
+        found.append([form for form, _ in itertools.groupby(forms)])
+    return found
+
+
+def texts(notebook):
+    """All text that the cells put out."""
+    for cell in notebook.cells:
+        for output in cell.get("outputs", ()):
+            yield output.get("text", "")
+            yield from (value for form, value in output.get("data", {}).items() if form.startswith("text"))
+
+
+@pytest.fixture
+def plain_environment(monkeypatch):
+    """As in a terminal: the devices are the notebook's to choose."""
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+
+
+def test_there_are_six_in_order():
+    assert [path.name[:2] for path in NOTEBOOKS] == [f"{number}-" for number in range(1, 7)]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_readme_links_it_with_a_picture_of_its_own(path):
+    readme = (FOLDER.parent / "README.md").read_text()
+    (picture,) = re.findall(rf"\(notebooks/{path.name}\).*!\[.+?\]\(notebooks/pictures/([\w-]+\.png)\)", readme)
+    cells = nbformat.read(path, as_version=4).cells
+    shown = {output.get("data", {}).get("image/png") for cell in cells for output in cell.get("outputs", ())}
+    assert (FOLDER / "pictures" / picture).read_bytes() in {base64.b64decode(image) for image in shown if image}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.filterwarnings("default::DeprecationWarning", "default::RuntimeWarning")  # of the client, not of the cells
+def test_notebook_runs_and_shows_what_it_showed(path, plain_environment):
+    committed = nbformat.read(path, as_version=4)
+    assert all(cell.execution_count for cell in committed.cells if cell.cell_type == "code"), "not executed"
+    run = nbformat.read(path, as_version=4)
+    resources = {"metadata": {"path": str(FOLDER)}}
+    # By the manager that blocks: on a busy machine the other's event loop can miss a reply, and waits out the timeout.
+    options = {"timeout": SECONDS, "kernel_name": "python3", "kernel_manager_class": KernelManager}
+    NotebookClient(run, resources=resources, **options).execute()
+    assert kinds(run) == kinds(committed)
+    for notebook in (run, committed):
+        assert not any("stderr" in cell for cell in kinds(notebook)), "a warning"
+        for text in texts(notebook):
+            assert not MACHINE.search(text), text
+
+
+@pytest.mark.standard_promotion
+def test_the_file_from_pytorch_is_what_pytorch_computes(tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch", reason="torch is not installed: pip install -e '.[peers]'")
+    cells = nbformat.read(FOLDER / "3-inside-flax.ipynb", as_version=4).cells
+    (code,) = (found[1] for cell in cells if (found := re.search(r"```python\n(.*?)```", cell.source, re.DOTALL)))
+    monkeypatch.chdir(tmp_path)
+    made = {}
+    exec(compile(code, "3-inside-flax.ipynb", "exec"), made)
+    with np.load(FOLDER / "digits-torch.npz") as committed, np.load("digits-torch.npz") as again:
+        assert committed.files == again.files
+        state = {name: torch.tensor(committed[name]) for name in committed.files if name != "logits"}
+        made["network"].load_state_dict(state)
+        images = torch.tensor(made["digits"].held_out.images).movedim(-1, 1)
+        with torch.no_grad():
+            logits = made["network"](images).numpy()
+        # As far as sums in another order go on another machine.
+        np.testing.assert_allclose(logits, committed["logits"], rtol=1e-4, atol=1e-4 * np.abs(logits).max())

@@ -1,0 +1,25 @@
+"""The surface of the package: a script that uses all of it, and the modules that load when they are touched."""
+
+from pathlib import Path
+
+import jax
+import pytest
+from support import user_script
+from support.public_names import PUBLIC
+
+import jbn
+
+
+def test_a_script_that_calls_every_public_name(capsys):
+    with jax.numpy_dtype_promotion("standard"):
+        user_script.main()
+    assert jbn.__version__ in capsys.readouterr().out
+    text = Path(user_script.__file__).read_text()
+    assert [name for name in sorted({f"jbn.{name}" for name in jbn.__all__} | PUBLIC.keys()) if name not in text] == []
+
+
+def test_modules_that_load_when_touched_are_found():
+    assert {"checkpoint", "diagnostics", "linen", "nnx", "plot"} <= set(dir(jbn))
+    absent = "haiku"
+    with pytest.raises(AttributeError, match="no attribute 'haiku'"):
+        getattr(jbn, absent)

@@ -1,0 +1,95 @@
+"""Draw how far ResNet-18s drift apart that train freely from one start: Flax, Flax's other variance formula, jbn.
+
+python tests/free_runs.py --out free-runs.png --steps 20
+"""
+
+import argparse
+import functools
+from typing import NamedTuple
+
+import numpy as np
+from flax import linen
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from support import networks as resnet
+
+import jbn
+
+WIDTH = 8
+BATCH_SIZE = 16
+WATCHED = ("LinenBlock_7", "BatchNorm_1")
+NORMS = {
+    "Flax": linen.BatchNorm,
+    "Flax, use_fast_variance=False": functools.partial(linen.BatchNorm, use_fast_variance=False),
+    "jbn": jbn.linen.BatchNorm,
+}
+
+
+class Run(NamedTuple):
+    """Of each step, the loss, and the running variances of the last norm."""
+
+    loss: np.ndarray
+    var: np.ndarray
+
+
+def run_freely(network, variables, steps, order):
+    """A run from the variables that goes on from its own results."""
+    params, batch_stats = variables
+    block, name = WATCHED
+    loss, var = [], []
+    for images, labels in resnet.batches([BATCH_SIZE], steps, seed=order):
+        step = resnet.differentiated(network, params, batch_stats, images, labels)
+        params, batch_stats = resnet.descended(params, step.gradients), step.batch_stats
+        loss.append(step.loss)
+        var.append(batch_stats[block][name]["var"])
+    return Run(np.array(loss, np.float64), np.array(var, np.float64))
+
+
+def differences(run, first):
+    """Of loss and variance to those of the first run, relative to these."""
+    loss = np.abs(run.loss - first.loss) / first.loss
+    var = np.linalg.norm(run.var - first.var, axis=1) / np.linalg.norm(first.var, axis=1)
+    return loss, var
+
+
+def draw(path, differences_by_norm):
+    """The differences by step, a thin line for each order and a thick one for the median of all."""
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    figure.suptitle("Free training amplifies rounding: jbn drifts from Flax as Flax drifts from itself")
+    titles = ("training loss", "running variance of the last norm")
+    for axes, title in zip(figure.subplots(1, 2, sharey=True), titles, strict=True):
+        axes.set(title=title, xlabel="step")
+        axes.set_yscale("log", nonpositive="mask")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+    for (name, orders), style in zip(differences_by_norm.items(), ("C0s--", "C1o-"), strict=True):
+        for axes, lines in zip(figure.axes, zip(*orders, strict=True), strict=True):
+            steps = np.arange(1, len(lines[0]) + 1)
+            axes.plot(steps, np.transpose(lines), color=style[:2], linewidth=0.7, alpha=0.35)
+            axes.plot(steps, np.median(lines, axis=0), style, markersize=4, linewidth=2, label=name)
+    figure.axes[0].set_ylabel("relative difference to Flax's default, float32")
+    title = f"thin: each of {len(orders)} orders of the batches; thick: their median"
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, title=title)
+    figure.savefig(path, dpi=110)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", default="free-runs.png", help="where the picture goes")
+    parser.add_argument("--steps", type=int, default=20, help="how many steps each network trains")
+    parser.add_argument("--orders", type=int, default=10, help="how many orders of the batches each trains with")
+    options = parser.parse_args(arguments)
+    networks = {
+        name: resnet.linen_network(functools.partial(norm, momentum=0.9), WIDTH) for name, norm in NORMS.items()
+    }
+    first, *others = networks
+    variables = resnet.initialized(networks[first])
+    runs = {
+        name: [run_freely(network, variables, options.steps, order) for order in range(options.orders)]
+        for name, network in networks.items()
+    }
+    draw(options.out, {name: list(map(differences, runs[name], runs[first])) for name in others})
+
+
+if __name__ == "__main__":
+    main()

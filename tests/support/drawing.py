@@ -1,0 +1,140 @@
+"""What hypothesis draws: batches of any layout, dtype, scale and offset, masks, and norms for them.
+
+A compiled program has one shape, so shapes come from a table, and everything else is free. `--hypothesis-profile
+free_shapes` draws shapes too.
+"""
+
+from typing import NamedTuple
+
+import jax
+import ml_dtypes
+import numpy as np
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
+
+import jbn
+from support import reference
+from support.inputs import LAYOUTS
+
+TABLE = [
+    *LAYOUTS,
+    *[((rows, 2), -1) for rows in (1, 2, 3, 5, 8, 33)],
+    ((1, 1), 0),
+    ((6, 1), -1),
+    ((9,), ()),
+    ((1, 4, 2), -1),
+    ((4, 1, 2), 1),
+    ((2, 3, 4), (0, 2)),
+    ((2, 2, 1, 3, 2), (1, 4)),
+    ((2, 1, 2, 2, 2, 3), -1),
+    ((2, 2, 1, 2, 2, 1, 2), 3),
+    ((0, 3), -1),
+    ((3, 0), -1),
+    ((2, 0, 3), -1),
+]
+FLOATS = {"float32": np.float32, "float64": np.float64, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+LAST_COUNT = 2**31 - 1
+MOMENTA = st.one_of(st.sampled_from([0.0, 0.5, 0.99, 1.0]), st.floats(0, 1))
+COUNTS = st.one_of(st.integers(0, 99), st.integers(0, LAST_COUNT), st.just(LAST_COUNT))
+RUNNING_VAR = st.sampled_from(["biased", "unbiased", "total"])
+
+
+class Batch(NamedTuple):
+    x: np.ndarray
+    feature_axis: int | tuple[int, ...]
+    mask: np.ndarray | None
+    rounding: float = 0.0
+    """By how much, relative to the values, a center that is computed may be beside them all."""
+
+    @property
+    def reduced(self):
+        feature = reference.feature_axes(self.feature_axis, self.x.ndim)
+        return tuple(axis for axis in range(self.x.ndim) if axis not in feature)
+
+    @property
+    def valid(self):
+        """The mask with the shape of x."""
+        if self.mask is None:
+            return np.ones(self.x.shape, bool)
+        feature = reference.feature_axes(self.feature_axis, self.x.ndim)
+        return np.broadcast_to(np.expand_dims(self.mask, feature), self.x.shape)
+
+    @property
+    def features(self):
+        return tuple(size for axis, size in enumerate(self.x.shape) if axis not in self.reduced)
+
+    def over_x(self, vector):
+        """A vector of the features with the rank of x."""
+        return np.expand_dims(np.asarray(vector, np.float64), self.reduced)
+
+    def spread(self):
+        """The largest valid value of each feature less the smallest: no center is further from a value."""
+        x = np.asarray(self.x, np.float64)
+        highest = np.max(x, axis=self.reduced, where=self.valid, initial=-np.inf)
+        lowest = np.min(x, axis=self.reduced, where=self.valid, initial=np.inf)
+        highest, lowest = (np.where(highest < lowest, 0, end) for end in (highest, lowest))
+        return highest - lowest + self.rounding * np.maximum(np.abs(highest), np.abs(lowest))
+
+    def fits(self):
+        """Whether sums of squared deviations are within the range of the arithmetic."""
+        largest = np.finfo(np.float64 if self.x.dtype == np.float64 else np.float32).max
+        with np.errstate(over="ignore"):
+            return bool(np.all(self.spread() ** 2 * max(self.x.size, 1) < largest / 4))
+
+
+@st.composite
+def _free_layouts(draw):
+    shape = draw(st.lists(st.integers(0, 5), min_size=1, max_size=5).map(tuple))
+    axes = draw(st.sets(st.integers(0, len(shape) - 1), max_size=len(shape) - 1).map(lambda axes: tuple(sorted(axes))))
+    return shape, draw(st.sampled_from([axes, axes[0]])) if len(axes) == 1 else axes
+
+
+def layouts():
+    shapes_are_free = settings.get_current_profile_name() == "free_shapes"
+    return _free_layouts() if shapes_are_free else st.sampled_from(TABLE)
+
+
+def arrays(shape, bound=4):
+    """Arrays that shrink to simple ones, and random ones of a seed."""
+    elements = st.floats(-bound, bound, width=32, allow_subnormal=False)
+    seeded = st.integers(0, 2**32 - 1).map(
+        lambda seed: np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+    )
+    return st.one_of(npst.arrays(np.float32, shape, elements=elements), seeded)
+
+
+@st.composite
+def batches(draw, dtypes=("float32", "bfloat16", "float16"), smallest=-30, largest=15):
+    """Values of a scale of 10**smallest to 10**largest, with offsets of up to a million times that."""
+    shape, feature_axis = draw(st.deferred(layouts))
+    dtype = FLOATS[draw(st.sampled_from(dtypes))]
+    limits = ml_dtypes.finfo(dtype)
+    scale = 10.0 ** draw(st.integers(smallest, largest))
+    offset = scale * draw(st.sampled_from([0, 0, 1, -3, 1e2, -1e4, 1e6]))
+    x = np.asarray(draw(arrays(shape)), np.float64) * scale + offset
+    x = np.clip(x, float(limits.min), float(limits.max)).astype(dtype)
+    batch = Batch(x, feature_axis, None)
+    if draw(st.booleans()):
+        batch = batch._replace(mask=draw(npst.arrays(bool, [shape[axis] for axis in batch.reduced])))
+    return batch
+
+
+@st.composite
+def norms(draw, features, dtype="float32", scale=1.0):
+    """Params and running statistics of the features."""
+    params = jbn.Params(*(draw(arrays(features)).astype(dtype) for _ in range(2)))
+    mean = (draw(arrays(features)) * np.float64(scale)).astype(dtype)
+    var = (np.abs(draw(arrays(features))) * np.float64(scale) ** 2).astype(dtype)
+    return params, jbn.State(mean, var, np.int32(draw(COUNTS)))
+
+
+def next_count(count):
+    """The count ends at the largest int32, rather than turn negative."""
+    return min(int(count) + 1, LAST_COUNT)
+
+
+def arithmetic(batch):
+    """The dtype to compute in, and JAX told to allow it."""
+    double = batch.x.dtype == np.float64
+    return ("float64" if double else "float32"), jax.enable_x64(double)

@@ -1,0 +1,80 @@
+"""Bad input: calls that end in an error, and what the error has to say."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+TRACED = ("params", "state", "x", "mask", "moments", "kernel", "bias")
+"""The arguments that are traced when a call is made inside of a transformation."""
+
+
+class Refused(NamedTuple):
+    """A call, its error, and what the message has: the argument in backticks, what it got, and how to mend it."""
+
+    call: Callable[[], Any]
+    error: type[Exception]
+    argument: str
+    given: str
+    advice: str
+
+
+def partly(function, **usual):
+    """The function, to be called with some of these arguments replaced."""
+    return lambda **given: functools.partial(function, **{**usual, **given})
+
+
+def jitted(call, **traced):
+    """The call inside of jit, with these arguments traced."""
+    return lambda: jax.jit(lambda traced: call(**traced))(traced)
+
+
+def under_eval_shape(call, arrays):
+    return jax.eval_shape(lambda arrays: call(**arrays), arrays)
+
+
+def under_vmap(call, arrays):
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), arrays)
+    return jax.vmap(lambda arrays: call(**arrays), axis_size=2)(stacked)
+
+
+def under_shard_map(call, arrays):
+    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+    return jax.shard_map(lambda arrays: call(**arrays), mesh=mesh, in_specs=P(), out_specs=P())(arrays)
+
+
+def can_be_traced(value):
+    leaves = jax.tree.leaves(value)
+    return all(isinstance(leaf, jax.Array | np.ndarray | np.generic) and leaf.dtype != object for leaf in leaves)
+
+
+def faults(call, error, parts):
+    """What is wrong with the way in which a call fails."""
+    try:
+        call()
+    except error as raised:
+        return [f"{part!r} is not in: {raised}" for part in parts if part not in str(raised)]
+    except Exception as raised:
+        return [f"expected {error.__name__}, got {raised!r}"]
+    return ["nothing is raised"]
+
+
+def assert_refused(rows: Mapping[str, Refused], *, also_traced: bool = False) -> None:
+    """Each call fails as its row says; calls that are a `functools.partial` also on traced arrays, where asked for."""
+    found = []
+    for name, row in rows.items():
+        parts = (f"`{row.argument}`", row.given, row.advice)
+        found += [f"{name}: {fault}" for fault in faults(row.call, row.error, parts)]
+        if not (also_traced and isinstance(row.call, functools.partial)):
+            continue
+        arrays = {key: value for key, value in row.call.keywords.items() if key in TRACED and can_be_traced(value)}
+        for transformed in (under_eval_shape, under_vmap, under_shard_map):
+            # Without `given`: what was given may be written as a tracer.
+            call = functools.partial(transformed, row.call, arrays)
+            found += [f"{name}, {transformed.__name__}: {fault}" for fault in faults(call, row.error, parts[::2])]
+    assert not found, "\n".join(found)
