@@ -1,8 +1,10 @@
+"""Momentum schedules: what they average, how precise they are, and the momenta that are refused."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
+from support.refusals import Refused, assert_refused, jitted, partly
 
 import jbn
 
@@ -11,7 +13,7 @@ def averaged(schedule, values):
     """The moving average of values, from a start of 1e6, and the share of that start that is left."""
     average, left = 1e6, 1.0
     for count, value in enumerate(values):
-        kept = float(schedule(jnp.int32(count)))
+        kept = float(schedule(np.int32(count)))
         average = kept * average + (1 - kept) * value
         left *= kept
     return average, left
@@ -32,51 +34,124 @@ def test_warmup_is_the_plain_average_until_it_is_warm(rng):
     assert float(jbn.momentum.warmup(0.9)(1000)) == np.float32(0.9)
 
 
-@pytest.mark.parametrize("momentum", [0.5, 0.9, 0.999])
-def test_debiased_is_adam_s_correction(rng, momentum):
+def test_debiased_is_adam_s_correction(rng):
     values = rng.normal(size=30)
-    ema = optax.ema(momentum, debias=True)
-    state = ema.init(jnp.zeros(()))
-    with jax.numpy_dtype_promotion("standard"):
-        for value in values:
-            expected, state = ema.update(jnp.float32(value), state)
-    np.testing.assert_allclose(averaged(jbn.momentum.debiased(momentum), values)[0], expected, rtol=1e-4)
+    for momentum in (0.5, 0.9, 0.999):
+        ema = optax.ema(momentum, debias=True)
+        state = ema.init(jnp.zeros(()))
+        with jax.numpy_dtype_promotion("standard"):
+            for value in values:
+                expected, state = ema.update(np.float32(value), state)
+        average, _ = averaged(jbn.momentum.debiased(momentum), values)
+        np.testing.assert_allclose(average, expected, rtol=1e-4, err_msg=f"momentum {momentum}")
 
 
-@pytest.mark.parametrize("momentum", [0.5, 0.99, 1 - 1e-6, 1 - 1e-9])
-@pytest.mark.parametrize("count", [0, 1, 10, 10**6])
-def test_debiased_is_precise_near_one(momentum, count):
-    log = np.log(np.longdouble(momentum))
-    expected = momentum * np.expm1(count * log) / np.expm1((count + 1) * log)
-    np.testing.assert_allclose(float(jbn.momentum.debiased(momentum)(count)), float(expected), rtol=3e-7)
+def test_debiased_is_precise_near_one():
+    for momentum in (0.5, 0.99, 1 - 1e-6, 1 - 1e-9):
+        log = np.log(np.longdouble(momentum))
+        for count in (0, 1, 10, 10**6):
+            expected = float(momentum * np.expm1(count * log) / np.expm1((count + 1) * log))
+            found = float(jbn.momentum.debiased(momentum)(count))
+            np.testing.assert_allclose(found, expected, rtol=3e-7, err_msg=f"momentum {momentum}, count {count}")
 
 
-def test_debiased_at_the_ends():
+def test_debiased_of_0_keeps_nothing_and_of_1_is_cumulative():
     for count in (0, 1, 7):
         assert float(jbn.momentum.debiased(0)(count)) == 0
         np.testing.assert_allclose(float(jbn.momentum.debiased(1)(count)), count / (count + 1))
 
 
-def test_per_microbatch_keeps_the_same_share():
+def test_per_microbatch_keeps_the_same_share_by_all_updates():
     np.testing.assert_allclose(jbn.momentum.per_microbatch(0.9, 4) ** 4, 0.9)
     assert jbn.momentum.per_microbatch(0.9, 1) == 0.9
-    with pytest.raises(ValueError, match="`microbatches` is 0"):
-        jbn.momentum.per_microbatch(0.9, 0)
 
 
-def test_from_torch():
+def test_from_torch_is_the_other_share_and_none_is_cumulative():
     assert jbn.momentum.from_torch(0.1) == 0.9
     assert float(jbn.momentum.from_torch(None)(1)) == 0.5
 
 
-@pytest.mark.parametrize("make", [jbn.momentum.warmup, jbn.momentum.debiased, jbn.momentum.from_torch])
-@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
-def test_numbers_outside_the_range_are_refused(make, value):
-    with pytest.raises(ValueError, match=r"expected a number in \[0, 1\]"):
-        make(value)
-
-
 def test_schedules_take_any_count():
     for schedule in (jbn.momentum.cumulative(), jbn.momentum.warmup(0.9), jbn.momentum.debiased(0.9)):
+        expected, under_jit = schedule(2), jax.jit(schedule)
         for count in (2, jnp.int32(2), jnp.float32(2), np.int64(2)):
-            np.testing.assert_allclose(jax.jit(schedule)(count), schedule(2))
+            np.testing.assert_allclose(schedule(count), expected)
+            np.testing.assert_allclose(under_jit(count), expected)
+
+
+def by_a_condition(count):
+    return 2 if count < 9 else 3
+
+
+PARAMS, STATE = jbn.init(3)
+MOMENTS = jbn.Moments(np.zeros(3, np.float32), np.ones(3, np.float32), np.float32(8))
+norm = partly(jbn.batch_norm, params=PARAMS, state=STATE, x=np.ones((8, 16, 3), np.float32), train=True)
+renorm = partly(jbn.batch_renorm, params=PARAMS, state=STATE, x=np.ones((8, 16, 3), np.float32), train=True)
+update = partly(jbn.update, state=STATE, moments=MOMENTS)
+MOMENTA = {
+    "above 1": Refused(norm(momentum=1.01), ValueError, "momentum", "is 1.01", "see jbn.momentum.from_torch"),
+    "above 1 in renorm": Refused(renorm(momentum=2.0), ValueError, "momentum", "is 2.0", "expected a number in [0, 1]"),
+    "above 1 at inference": Refused(
+        norm(momentum=1.01, train=False), ValueError, "momentum", "is 1.01", "expected a number in [0, 1]"
+    ),
+    "negative": Refused(update(momentum=-0.1), ValueError, "momentum", "is -0.1", "expected a number in [0, 1]"),
+    "None": Refused(norm(momentum=None), TypeError, "momentum", "is None", "such as jbn.momentum.warmup(0.99)"),
+    "a text": Refused(norm(momentum="0.9"), TypeError, "momentum", "is '0.9'", "a function count -> momentum"),
+    "a key": Refused(
+        norm(momentum=jax.random.key(0)), TypeError, "momentum", "key<fry>", "expected a number in [0, 1]"
+    ),
+    "uncalled": Refused(
+        update(momentum=jbn.momentum.warmup), TypeError, "momentum", "momentum.warmup itself", "call it"
+    ),
+    "uncalled, without arguments": Refused(
+        update(momentum=jbn.momentum.cumulative), TypeError, "momentum", "jbn.momentum.cumulative itself", "call it"
+    ),
+    "gives channels": Refused(
+        update(momentum=lambda count: np.ones(3)), TypeError, "momentum", "gives array([1., 1., 1.])", "to a scalar"
+    ),
+    "gives None": Refused(
+        update(momentum=lambda count: None), TypeError, "momentum", "gives None", "the count of updates to a scalar"
+    ),
+    "gives a text": Refused(
+        update(momentum=lambda count: "0.9"), TypeError, "momentum", "gives '0.9'", "expected a number"
+    ),
+    "without a count": Refused(
+        update(momentum=lambda: 0.9), TypeError, "momentum", "takes 0 positional", "count of updates"
+    ),
+    "by a Python condition": Refused(
+        jitted(norm(momentum=by_a_condition)), TypeError, "momentum", "boolean conversion", "jnp.where for `if`"
+    ),
+}
+SCHEDULES = {
+    "traced warmup": Refused(
+        jitted(jbn.momentum.warmup, momentum=0.9), TypeError, "momentum", "is traced", "bound before jit"
+    ),
+    "warmup to 2": Refused(
+        lambda: jbn.momentum.warmup(2), ValueError, "momentum", "is 2.0", "expected a number in [0, 1]"
+    ),
+    "warmup to nan": Refused(
+        lambda: jbn.momentum.warmup(np.nan), ValueError, "momentum", "is nan", "expected a number in [0, 1]"
+    ),
+    "debiased text": Refused(lambda: jbn.momentum.debiased("a"), TypeError, "momentum", "is 'a'", "a number in [0, 1]"),
+    "debiased above 1": Refused(
+        lambda: jbn.momentum.debiased(1.1), ValueError, "momentum", "is 1.1", "expected a number in [0, 1]"
+    ),
+    "PyTorch's -1": Refused(lambda: jbn.momentum.from_torch(-1), ValueError, "momentum", "is -1.0", "in [0, 1]"),
+    "no microbatch": Refused(
+        lambda: jbn.momentum.per_microbatch(0.9, 0), ValueError, "microbatches", "is 0", "an int of at least 1"
+    ),
+    "half a microbatch": Refused(
+        lambda: jbn.momentum.per_microbatch(0.9, 0.5), ValueError, "microbatches", "is 0.5", "an int of at least 1"
+    ),
+    "microbatches of a momentum above 1": Refused(
+        lambda: jbn.momentum.per_microbatch(1.1, 2), ValueError, "momentum", "is 1.1", "expected a number in [0, 1]"
+    ),
+}
+
+
+def test_impossible_momenta_are_refused():
+    assert_refused(MOMENTA, also_traced=True)
+
+
+def test_impossible_schedules_are_refused():
+    assert_refused(SCHEDULES)

@@ -1,4 +1,4 @@
-"""Forward and backward compiled apart, every library beside jbn, on this machine: python tests/cpu_times.py [PROCESSES]
+"""Forward and backward compiled apart, every library beside jbn, here: python tests/studies/cpu_times.py [PROCESSES]
 
 Each process takes all single-layer cases of `jbn bench`, five rounds each. A cell is their time over jbn's: the median
 of the processes, with the least and the largest. Above 1, jbn is faster. About five minutes a process on two cores.

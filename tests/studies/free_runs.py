@@ -1,6 +1,6 @@
 """Draw how far ResNet-18s drift apart that train freely from one start: Flax, Flax's other variance formula, jbn.
 
-python tests/free_runs.py --out free-runs.png --steps 20
+PYTHONPATH=tests python tests/studies/free_runs.py --out free-runs.png --steps 20
 """
 
 import argparse
@@ -17,7 +17,6 @@ import jbn
 
 WIDTH = 8
 BATCH_SIZE = 16
-WATCHED = ("LinenBlock_7", "BatchNorm_1")
 NORMS = {
     "Flax": linen.BatchNorm,
     "Flax, use_fast_variance=False": functools.partial(linen.BatchNorm, use_fast_variance=False),
@@ -35,13 +34,13 @@ class Run(NamedTuple):
 def run_freely(network, variables, steps, order):
     """A run from the variables that goes on from its own results."""
     params, batch_stats = variables
-    block, name = WATCHED
+    last_block = max(name for name in batch_stats if name.startswith("LinenBlock"))
     loss, var = [], []
     for images, labels in resnet.batches([BATCH_SIZE], steps, seed=order):
         step = resnet.differentiated(network, params, batch_stats, images, labels)
         params, batch_stats = resnet.descended(params, step.gradients), step.batch_stats
         loss.append(step.loss)
-        var.append(batch_stats[block][name]["var"])
+        var.append(batch_stats[last_block]["BatchNorm_1"]["var"])
     return Run(np.array(loss, np.float64), np.array(var, np.float64))
 
 
@@ -78,9 +77,11 @@ def main(arguments=None):
     parser.add_argument("--out", default="free-runs.png", help="where the picture goes")
     parser.add_argument("--steps", type=int, default=20, help="how many steps each network trains")
     parser.add_argument("--orders", type=int, default=10, help="how many orders of the batches each trains with")
+    parser.add_argument("--stages", type=int, default=resnet.STAGES, help="how many stages each network has")
     options = parser.parse_args(arguments)
     networks = {
-        name: resnet.linen_network(functools.partial(norm, momentum=0.9), WIDTH) for name, norm in NORMS.items()
+        name: resnet.linen_network(functools.partial(norm, momentum=0.9), width=WIDTH, stages=options.stages)
+        for name, norm in NORMS.items()
     }
     first, *others = networks
     variables = resnet.initialized(networks[first])

@@ -1,10 +1,10 @@
 """Mutation testing of the mathematics: small faults planted one at a time, each of which some test must find.
 
-    python tests/mutants.py --out mutants.json
+    python tests/studies/mutants.py --wing statistics --out mutants.json
 
-Draws mutants by a fixed seed, runs the tests of each in a copy of the repository, and lists those that survive. A
-survivor lacks a test, or changes nothing that can be observed. Takes hours; the same --out again runs what is left, the
-survivors included, but those that are known to be equivalent.
+Draws mutants of one wing of the library by a fixed seed, runs the tests of each in a copy of the repository, and lists
+those that survive. A survivor lacks a test, or changes nothing that can be observed. Takes hours; the same --out again
+runs what is left, the survivors included, but those that are known to be equivalent.
 """
 
 import argparse
@@ -23,21 +23,44 @@ from copy import deepcopy
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-CORE = ["batch_norm", "standardize", "moments", "state", "collectives", "batch_renorm", "sharding", "merge_states"]
-FIRST = {
-    "_moments": ["moments", "merge_states", "state"],
-    "_shifted_moments": ["moments", "merge_states", "collectives"],
-    "_shift": ["shift", "moments", "lean"],
-    "_standardize": ["batch_norm", "batch_renorm", "activation", "standardize"],
-    "_forward": ["batch_norm", "batch_renorm", "arguments"],
-    "_batch_norm": ["batch_norm", "arguments"],
-    "_state": ["state", "batch_norm"],
-    "_collectives": ["collectives", "arguments"],
-    "momentum": ["momentum", "state", "arguments"],
+ROOT = Path(__file__).resolve().parents[2]
+WINGS = {
+    "core": {
+        "_moments": "core/test_moments core/test_merge statistics/test_merge_states core/test_state",
+        "_shifted_moments": "core/test_moments core/test_merge core/test_masks core/test_exactness core/test_devices",
+        "_shift": "core/test_inner_shift_row core/test_moments core/test_exactness core/test_compiled_programs",
+        "_standardize": "core/test_exactness core/test_derivatives core/test_batch_renorm core/test_inner_activation",
+        "_forward": "core/test_batch_norm core/test_ghost_batches core/test_batch_renorm core/test_bad_input",
+        "_batch_norm": "core/test_batch_norm core/test_bad_input core/test_devices",
+        "_state": "core/test_state core/test_batch_norm core/test_bad_input",
+        "_collectives": "core/test_devices core/test_inner_collectives core/test_lanes core/test_what_is_sent",
+        "momentum": "core/test_momentum core/test_state",
+    },
+    "statistics": {
+        "momentum": "core/test_momentum core/test_state",
+        "renorm": "core/test_renorm_schedules core/test_batch_renorm",
+        "_batch_renorm": "core/test_batch_renorm core/test_renorm_schedules",
+        "_calibrate": "statistics/test_calibrate statistics/test_calibrate_faults",
+        "_calibration_faults": "statistics/test_calibrate_faults statistics/test_calibrate",
+        "_merge_states": "statistics/test_merge_states statistics/test_properties_of_statistics",
+        "_fold": "interop/test_fold core/test_exactness statistics/test_properties_of_statistics",
+        "convert/_names": "interop/test_convert_one_norm interop/test_convert_torch interop/test_convert_trees",
+        "convert/_places": "interop/test_convert_trees interop/test_convert_torch interop/test_convert_keras",
+        "convert/_trees": "interop/test_convert_trees interop/test_convert_flax",
+        "convert/_torch": "interop/test_convert_torch interop/test_convert_one_norm",
+        "convert/_keras": "interop/test_convert_keras interop/test_convert_one_norm",
+        "convert/_flax": "interop/test_convert_flax interop/test_convert_one_norm",
+        "convert/_haiku": "interop/test_convert_haiku interop/test_convert_one_norm",
+        "convert/_equinox": "interop/test_convert_equinox interop/test_convert_one_norm",
+        "diagnostics/_laws": "statistics/test_laws",
+        "diagnostics/_variance": "statistics/test_laws",
+        "diagnostics/_compare": "statistics/test_compare statistics/test_health",
+        "diagnostics/_health": "statistics/test_health",
+        "diagnostics/_table": "statistics/test_compare statistics/test_health",
+    },
 }
-"""The modules to plant faults in, and the tests that are likely to find them soonest."""
-LAST = ["properties", "properties_of_statistics", "lean", "checkpoint_policy", "calibrate", "refusals"]
+"""The modules to plant faults in, and the tests that are likely to find them soonest; the rest of the wing's follow."""
+FOLDERS = {"core": ["core", "statistics"], "statistics": ["statistics", "interop", "core"]}
 EQUIVALENT = {
     "185309c20f33bd25": "zeros or ones of float0, which has no values",
     "1b1483d577e0623f": "a center with one bit less, about which the sums are as exact",
@@ -98,12 +121,14 @@ class Mutant(NamedTuple):
 
 def main() -> None:
     arguments = _arguments()
-    drawn = drawn_by(arguments.seed)[: arguments.mutants]
+    drawn = drawn_by(arguments.wing, arguments.seed)[: arguments.mutants : arguments.every]
     results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     left = [(key, mutant) for key, mutant in drawn if results.get(key) is None and key not in EQUIVALENT]
     print(f"{len(drawn)} mutants, {len(left)} of them to run", flush=True)
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        for (key, mutant), killer in zip(left, pool.map(lambda pair: killed_by(pair[1]), left), strict=True):
+        for (key, mutant), killer in zip(
+            left, pool.map(lambda pair: killed_by(pair[1], arguments.wing), left), strict=True
+        ):
             results[key] = killer
             arguments.out.write_text(json.dumps(results, indent=1))
             print(f"{described(mutant)}  |  {killer or 'SURVIVES'}", flush=True)
@@ -114,10 +139,10 @@ def main() -> None:
     print(f"{len(survivors)} survive without a reason", *map(described, survivors), sep="\n")
 
 
-def drawn_by(seed: int) -> list[tuple[str, Mutant]]:
+def drawn_by(wing: str, seed: int) -> list[tuple[str, Mutant]]:
     """All mutants in an order that the seed decides, each by a key that edits elsewhere leave as it is."""
     keyed, seen = [], Counter()
-    for module in FIRST:
+    for module in WINGS[wing]:
         for mutant in mutants_of(module):
             change = f"{seed} {module} {mutant.before} {mutant.after}"
             seen[change] += 1
@@ -203,18 +228,17 @@ def _spliced(source: str, node: ast.expr, replacement: str) -> str:
     return (encoded[:start] + replacement.encode() + encoded[end:]).decode()
 
 
-def killed_by(mutant: Mutant) -> str | None:
+def killed_by(mutant: Mutant, wing: str) -> str | None:
     """The first test that fails with this fault in place, or None."""
     with tempfile.TemporaryDirectory() as folder:
         for name in ("jbn", "tests", "pyproject.toml", "README.md", "CHANGELOG.md"):
             copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
             copy(ROOT / name, Path(folder) / name)
         (Path(folder) / "jbn" / f"{mutant.module}.py").write_text(mutant.source)
-        names = list(dict.fromkeys([*FIRST[mutant.module], *CORE, *LAST]))
-        files = [f"tests/test_{name}.py" for name in names if (ROOT / "tests" / f"test_{name}.py").exists()]
         command = [sys.executable, "-m", "pytest", "-n", "0", "-x", "-q", "--no-header", "-p", "no:cacheprovider"]
         environment = os.environ | {"PYTHONPATH": folder, "JAX_COMPILATION_CACHE_DIR": str(CACHE), **CACHE_EVERYTHING}
-        run = subprocess.Popen([*command, *files], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
+        command += tests_of(mutant, wing)
+        run = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
         try:
             output, _ = run.communicate(timeout=3600)
         except subprocess.TimeoutExpired:
@@ -222,6 +246,13 @@ def killed_by(mutant: Mutant) -> str | None:
             return "an endless loop"
         failed = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
         return None if run.returncode == 0 else (failed or ["the tests cannot be collected"])[0][:200]
+
+
+def tests_of(mutant: Mutant, wing: str) -> list[str]:
+    """The files to run, those that are near to the mutant first."""
+    near = [f"tests/{name}.py" for name in WINGS[wing][mutant.module].split()]
+    all_files = [path for folder in FOLDERS[wing] for path in sorted((ROOT / "tests" / folder).glob("test_*.py"))]
+    return list(dict.fromkeys([*near, *(str(path.relative_to(ROOT)) for path in all_files)]))
 
 
 CACHE = Path(tempfile.gettempdir()) / "jbn-mutants-cache"
@@ -234,6 +265,8 @@ CACHE_EVERYTHING = {
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--wing", choices=WINGS, default="core", help="the modules to plant faults in (core)")
+    parser.add_argument("--every", type=int, default=1, help="run every so many of those drawn (1)")
     parser.add_argument("--mutants", type=int, default=150, help="how many to draw (150)")
     parser.add_argument("--seed", type=int, default=0, help="by which they are drawn (0)")
     parser.add_argument("--jobs", type=int, default=1, help="how many to run at once (1)")

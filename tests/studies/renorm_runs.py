@@ -1,4 +1,6 @@
-"""Held-out accuracy on digits at small batch sizes, batch norm beside batch renorm: `python tests/renorm_runs.py`.
+"""Held-out accuracy on digits at small batch sizes, batch norm beside batch renorm.
+
+python tests/studies/renorm_runs.py
 
 Two epochs of each, one device, the demo's network and optimizer; mean and standard deviation over the seeds, with the
 running statistics, which inference uses, and with calibrated ones.

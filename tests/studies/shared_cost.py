@@ -1,6 +1,6 @@
 """Count what shared statistics send: the collectives of one ResNet-50 training step, read off the compiled programs.
 
-python tests/shared_cost.py --devices 8 64 1024 8192
+python tests/studies/shared_cost.py --devices 8 64 1024 8192
 
 The step is compiled for so many CPU devices and never run, so that any machine will do. What is sent depends on the
 channels, not on the images, so that a device has one image of 32 x 32. The step has loss, new running statistics and
@@ -10,7 +10,8 @@ An all-reduce may carry several arrays: the counts are of all-reduces, as XLA's 
 devices may join fewer or more. It is the gradients' as soon as one of a convolution or the dense layer is in it. So
 are, as compiled here where all share, the first norm's backward sums, 64 channels, and Flax's gradients of the biases.
 Where all share, jbn's backward sums are the gradients of scale and bias too, which are then not sent again. The rows
-in which none share say what the gradients take alone.
+in which none share say what the gradients take alone. With --blocks, the network has so many blocks at each of its
+sizes, as in `--blocks 1` for a quick look.
 """
 
 import argparse
@@ -34,6 +35,7 @@ import jbn
 
 GROUP = 16
 PARTS = ("norm forward", "norm backward", "gradients")
+RESNET_50 = (3, 4, 6, 3)
 NORMS, CHANNELS, PARAMETERS = 53, 26_560, 25_557_032
 ONE_PROCESS = 2048
 """The CPU backend takes devices from this number on for another process's, and refuses without collectives of it."""
@@ -59,16 +61,17 @@ class Bottleneck(linen.Module):
         return jax.nn.relu(x + y)
 
 
-class ResNet50(linen.Module):
-    """ResNet-50 for the 1000 classes of ImageNet."""
+class ResNet(linen.Module):
+    """ResNet-50 for the 1000 classes of ImageNet, or one with other numbers of blocks."""
 
     norm: Callable[..., Any]
+    blocks: tuple[int, ...]
 
     @linen.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         x = jax.nn.relu(self.norm()(linen.Conv(64, (7, 7), 2, use_bias=False)(images)))
         x = linen.max_pool(x, (3, 3), (2, 2), "SAME")
-        for stage, blocks in enumerate((3, 4, 6, 3)):
+        for stage, blocks in enumerate(self.blocks):
             for block in range(blocks):
                 x = Bottleneck(64 * 2**stage, 2 if stage > 0 and block == 0 else 1, self.norm)(x)
         return linen.Dense(1000)(jnp.mean(x, axis=(1, 2)))
@@ -103,7 +106,7 @@ def cases(devices: int) -> list[Case]:
     ]
 
 
-def train(model: ResNet50, params: Any, batch_stats: Any, images: jax.Array, labels: jax.Array) -> tuple[Any, ...]:
+def train(model: ResNet, params: Any, batch_stats: Any, images: jax.Array, labels: jax.Array) -> tuple[Any, ...]:
     """The loss of one device, the new running statistics, and the gradients, summed over all devices."""
 
     def loss(params: Any) -> tuple[jax.Array, Any]:
@@ -116,14 +119,15 @@ def train(model: ResNet50, params: Any, batch_stats: Any, images: jax.Array, lab
     return value[None], updated, gradients
 
 
-def compiled_text(case: Case) -> str:
+def compiled_text(case: Case, blocks: tuple[int, ...]) -> str:
     """The compiled training step."""
     shape = tuple(case.mesh.values())
     mesh = Mesh(np.array(jax.devices()[: math.prod(shape)]).reshape(shape), tuple(case.mesh))
-    model = ResNet50(functools.partial(case.norm, use_running_average=False, axis_name=case.axis_name))
+    model = ResNet(functools.partial(case.norm, use_running_average=False, axis_name=case.axis_name), blocks)
     image, label = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
     variables = jax.eval_shape(model.init, jax.random.key(0), image)
-    check_network(variables)
+    if blocks == RESNET_50:
+        check_network(variables)
     values = (variables["params"], variables["batch_stats"], image, label)
     same, everywhere = (), tuple(case.mesh)
     axes = (same, case.differ, everywhere, everywhere)
@@ -199,10 +203,10 @@ def bytes_of(shapes: str) -> int:
     return sum(int(bits) // 8 * math.prod(map(int, filter(None, sizes.split(",")))) for bits, sizes in arrays)
 
 
-def row(devices: int, case: Case) -> str:
+def row(devices: int, case: Case, blocks: tuple[int, ...]) -> str:
     """A row of the table."""
     start = time.monotonic()
-    found = all_reduces(compiled_text(case), case)
+    found = all_reduces(compiled_text(case, blocks), case)
     sizes = [[each.size for each in found if each.part == part] for part in PARTS]
     sizes.append([each.size for each in found])
     print(f"{devices} devices, {case.label}: {time.monotonic() - start:.0f} s", file=sys.stderr)
@@ -224,6 +228,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--devices", type=int, nargs="+", default=[8, 64, 1024, 8192], help="how many devices")
+    parser.add_argument("--blocks", type=int, nargs="+", default=RESNET_50, help="how many blocks at each size")
     options = parser.parse_args(arguments)
     if any(count < 2 or (count > GROUP and count % GROUP) for count in options.devices):
         parser.error(f"--devices: from 2 to {GROUP}, or multiples of {GROUP}")
@@ -232,7 +237,7 @@ def main(arguments: list[str] | None = None) -> None:
     print("|---:|---|" + "---:|" * 8)
     for devices in options.devices:
         for case in cases(devices):
-            print(row(devices, case), flush=True)
+            print(row(devices, case, tuple(options.blocks)), flush=True)
 
 
 if __name__ == "__main__":

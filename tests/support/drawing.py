@@ -1,7 +1,7 @@
 """What hypothesis draws: batches of any layout, dtype, scale and offset, masks, and norms for them.
 
-A compiled program has one shape, so shapes come from a table, and everything else is free. `--hypothesis-profile
-free_shapes` draws shapes too.
+Each new shape or dtype is compiled, so shapes come from a table, and everything else is free. The profile `quick` takes
+a few of them, `thorough` the whole table in each dtype, and `free_shapes` draws shapes too.
 """
 
 from typing import NamedTuple
@@ -33,6 +33,13 @@ TABLE = [
     ((3, 0), -1),
     ((2, 0, 3), -1),
 ]
+QUICK = {
+    "float32": [((7, 3), -1), ((3, 7), 0), ((1, 2), -1), ((0, 3), -1), ((2, 2, 1, 3, 2), (1, 4))],
+    "bfloat16": [((33, 2), -1)],
+    "float16": [((4, 3, 5), 1)],
+    "float64": [((7, 3), -1), ((2, 2, 1, 3, 2), (1, 4))],
+}
+"""Odd sizes, features first, one row, no row, many rows, high rank, two feature axes."""
 FLOATS = {"float32": np.float32, "float64": np.float64, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 LAST_COUNT = 2**31 - 1
 MOMENTA = st.one_of(st.sampled_from([0.0, 0.5, 0.99, 1.0]), st.floats(0, 1))
@@ -90,9 +97,17 @@ def _free_layouts(draw):
     return shape, draw(st.sampled_from([axes, axes[0]])) if len(axes) == 1 else axes
 
 
-def layouts():
+def few(quickly, otherwise):
+    """The first strategy in the profile `quick`, where there is no time for many programs."""
+    return st.deferred(lambda: quickly if settings.get_current_profile_name() == "quick" else otherwise)
+
+
+def layouts(dtypes):
+    """Shape, feature axis and dtype."""
+    quick = st.sampled_from([(*layout, dtype) for dtype in dtypes for layout in QUICK[dtype]])
     shapes_are_free = settings.get_current_profile_name() == "free_shapes"
-    return _free_layouts() if shapes_are_free else st.sampled_from(TABLE)
+    drawn = _free_layouts() if shapes_are_free else st.sampled_from(TABLE)
+    return few(quick, st.builds(lambda layout, dtype: (*layout, dtype), drawn, st.sampled_from(dtypes)))
 
 
 def arrays(shape, bound=4):
@@ -105,17 +120,17 @@ def arrays(shape, bound=4):
 
 
 @st.composite
-def batches(draw, dtypes=("float32", "bfloat16", "float16"), smallest=-30, largest=15):
+def batches(draw, dtypes=("float32", "bfloat16", "float16"), smallest=-30, largest=15, masked=None):
     """Values of a scale of 10**smallest to 10**largest, with offsets of up to a million times that."""
-    shape, feature_axis = draw(st.deferred(layouts))
-    dtype = FLOATS[draw(st.sampled_from(dtypes))]
+    shape, feature_axis, dtype = draw(layouts(dtypes))
+    dtype = FLOATS[dtype]
     limits = ml_dtypes.finfo(dtype)
     scale = 10.0 ** draw(st.integers(smallest, largest))
     offset = scale * draw(st.sampled_from([0, 0, 1, -3, 1e2, -1e4, 1e6]))
     x = np.asarray(draw(arrays(shape)), np.float64) * scale + offset
     x = np.clip(x, float(limits.min), float(limits.max)).astype(dtype)
     batch = Batch(x, feature_axis, None)
-    if draw(st.booleans()):
+    if draw(st.booleans()) if masked is None else masked:
         batch = batch._replace(mask=draw(npst.arrays(bool, [shape[axis] for axis in batch.reduced])))
     return batch
 

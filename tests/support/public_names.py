@@ -19,3 +19,27 @@ def offered(module: ModuleType) -> dict[str, Any]:
 
 MODULES = [module for name in jbn.__all__ if inspect.ismodule(module := getattr(jbn, name))]
 PUBLIC = {name: value for module in [jbn, *MODULES] for name, value in offered(module).items()}
+METHODS = {
+    f"{name}.{attribute}": value
+    for name, kind in PUBLIC.items()
+    if inspect.isclass(kind)
+    for attribute, value in vars(kind).items()
+    if inspect.isfunction(value) and value.__module__ == kind.__module__
+    if attribute == "__call__" or not attribute.startswith("_")
+}
+DOCUMENTED = {**PUBLIC, **METHODS}
+"""Everything that needs a docstring with sections: the public names, and the methods of the classes among them."""
+
+
+def kind_of(name: str) -> str:
+    """What a name stands for: "function", "method", "tuple" (a NamedTuple), or a module of Flax's "linen" or "nnx"."""
+    if name in METHODS:
+        return "method"
+    if inspect.isfunction(PUBLIC[name]):
+        return "function"
+    return "tuple" if issubclass(PUBLIC[name], tuple) else name.split(".")[1]
+
+
+def called(name: str) -> Any:
+    """The function whose signature is that of a name: of a Flax module, its constructor."""
+    return DOCUMENTED[name].__init__ if kind_of(name) in ("linen", "nnx") else DOCUMENTED[name]

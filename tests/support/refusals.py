@@ -39,13 +39,17 @@ def under_eval_shape(call, arrays):
 
 
 def under_vmap(call, arrays):
-    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), arrays)
-    return jax.vmap(lambda arrays: call(**arrays), axis_size=2)(stacked)
+    def mapped(arrays):
+        stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), arrays)
+        return jax.vmap(lambda arrays: call(**arrays), axis_size=2)(stacked)
+
+    return jax.eval_shape(mapped, arrays)
 
 
 def under_shard_map(call, arrays):
     mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
-    return jax.shard_map(lambda arrays: call(**arrays), mesh=mesh, in_specs=P(), out_specs=P())(arrays)
+    mapped = jax.shard_map(lambda arrays: call(**arrays), mesh=mesh, in_specs=P(), out_specs=P())
+    return jax.eval_shape(mapped, arrays)
 
 
 def can_be_traced(value):

@@ -1,6 +1,6 @@
-"""Single steps of `jbn train`'s network, each from a given state, in one process of several.
+"""Single steps of `jbn train`, each from a given state, in one process of several.
 
-python tests/steps_of_processes.py COORDINATOR PROCESSES PROCESS FOLDER DTYPE
+python -m support.steps_of_processes COORDINATOR PROCESSES PROCESS FOLDER DTYPE
 """
 
 import itertools
@@ -18,8 +18,10 @@ from jax.sharding import PartitionSpec as P
 from jbn.demo import data, model, processes
 from jbn.demo.options import Options
 from jbn.demo.step import AXIS, Run, make_step
+from support import small_network
 
-STEPS, BATCH, SEED = 5, 64, 0
+STEPS, BATCH, SEED = 2, 64, 0
+"""The second step is the first with a memory of the optimizer, and statistics that are not the start's."""
 OPTIMIZER = optax.sgd(0.1, momentum=0.9)
 
 
@@ -54,8 +56,10 @@ def make_stepper(devices, dtype):
 def main():
     coordinator, count, process, folder, dtype = sys.argv[1:]
     jax.config.update("jax_enable_x64", dtype == "float64")
+    model.STAGES = small_network.STAGES
     processes.join(Options(coordinator=coordinator, num_processes=int(count), process_id=int(process)))
-    after_step, like = make_stepper(jax.devices(), dtype), fresh_run(dtype)
+    # Only the structure: to make the numbers would take longer than the steps.
+    after_step, like = make_stepper(jax.devices(), dtype), jax.eval_shape(lambda: fresh_run(dtype))
     for number in range(STEPS):
         run = serialization.from_bytes(like, (Path(folder) / f"before_{number}").read_bytes())
         run = after_step(number, run)

@@ -1,5 +1,6 @@
 """What rounding allows, by dtype: units of rounding times the condition of the computation."""
 
+import jax
 import numpy as np
 
 UNIT = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24, "float64": 2.0**-53}
@@ -28,3 +29,18 @@ def assert_rounded(actual, expected, dtype: str, statistics: float = 1e-5) -> No
     """Each entry within one rounding of `dtype` and an error of the statistics of it."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     np.testing.assert_allclose(actual, expected, rtol=UNIT[dtype] + statistics, atol=statistics)
+
+
+def assert_same(actual, expected) -> None:
+    """Each leaf bit for bit, and of the same dtype."""
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == e.dtype, (a.dtype, e.dtype)
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(e))
+
+
+def assert_moments(actual, expected, x, dtype: str = "float32") -> None:
+    """Mean, variance and count; the mean relative to the largest value of x."""
+    largest = np.max(np.abs(np.asarray(x, np.float64)), initial=0)
+    assert_close(actual.mean, expected.mean, dtype, scale=largest)
+    assert_close(actual.var, expected.var, dtype)
+    assert float(actual.count) == expected.count

@@ -1,4 +1,4 @@
-"""A user's script that calls every public name; pyright checks it, and test_public.py runs it."""
+"""A user's script that calls every public name; pyright checks it, and tests/docs/test_public.py runs it."""
 
 import functools
 import tempfile

@@ -1,0 +1,52 @@
+"""What the tests of commands share: the devices, a network that compiles soon, and commands run in this process."""
+
+import contextlib
+import io
+from typing import NamedTuple
+
+import jax
+import pytest
+from support import small_network
+
+from jbn import cli
+from jbn.demo import model
+
+
+@pytest.fixture(scope="session", autouse=True)
+def devices():
+    """Made before any command runs, which may still ask for another number of them until then."""
+    return jax.devices()
+
+
+@pytest.fixture(scope="module")
+def small():
+    """One narrow block, compiled without optimizations, which would take longer than they save."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(model, "STAGES", small_network.STAGES)
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+class Ended(NamedTuple):
+    """How a command ended, and what it printed."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def command():
+    """A function that runs a command line in this process."""
+
+    def run(*arguments):
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                status = cli.main([*map(str, arguments)])
+            except SystemExit as ended:
+                status = ended.code
+        return Ended(status, out.getvalue(), err.getvalue())
+
+    return run

@@ -1,0 +1,47 @@
+"""Inference: the running statistics normalize, and the state comes back as it is."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import reference
+from support.inputs import LAYOUTS
+from support.tolerances import assert_close, assert_same
+
+import jbn
+
+normalize = jax.jit(jbn.normalize, static_argnames="feature_axis")
+
+
+def test_every_layout_is_normalized_by_the_running_statistics(rng):
+    for shape, feature_axis in LAYOUTS:
+        x = rng.normal(size=shape).astype(np.float32) * 2 + 1
+        features = tuple(shape[axis] for axis in reference.feature_axes(feature_axis, x.ndim))
+        params = jbn.Params(*(rng.normal(size=features).astype(np.float32) for _ in range(2)))
+        mean, var = rng.normal(size=features).astype(np.float32), rng.uniform(0.5, 2, features).astype(np.float32)
+        out = normalize(params, jbn.State(mean, var, 3), x, feature_axis=feature_axis)
+        assert_close(out, reference.inference(x, mean, var, *params, feature_axis=feature_axis))
+
+
+def test_inference_is_normalize_and_returns_the_state_as_it_is(rng):
+    x = rng.normal(size=(4, 3, 5)).astype(np.float32)
+    params, state = jbn.init(3)
+    out, same = jbn.batch_norm(params, state, x, False, feature_axis=1, activation=jax.nn.relu, dtype="bfloat16")
+    assert same is state
+    assert_same(out, jbn.normalize(params, state, x, feature_axis=1, activation=jax.nn.relu, dtype="bfloat16"))
+
+
+@pytest.mark.parametrize(("shape", "feature_axis"), [((2, 3, 4), -1), ((5, 3, 3, 2), 1)])
+def test_inference_repeats_training_after_an_update_with_momentum_zero(rng, shape, feature_axis):
+    x = (rng.normal(size=shape) * 2 + 1).astype(np.float32)
+    params, state = jbn.init(shape[feature_axis])
+    out, new_state = jbn.batch_norm(params, state, x, True, momentum=0.0, feature_axis=feature_axis)
+    assert not np.allclose(jbn.normalize(params, state, x, feature_axis=feature_axis), out)
+    assert_close(jbn.normalize(params, new_state, x, feature_axis=feature_axis), out, scale=5)
+
+
+def test_no_examples_and_no_batch_axis():
+    for shape in ((0, 3), (0, 2, 2, 3), (3,)):
+        out, _ = jbn.batch_norm(*jbn.init(3), jnp.zeros(shape), False)
+        assert out.shape == shape
+    assert jbn.batch_norm(*jbn.init(0), jnp.zeros(0), False)[0].shape == (0,)

@@ -1,0 +1,75 @@
+"""Statistics shared over the lanes of vmap, which one device computes."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from support import reference
+from support.tolerances import assert_close
+
+import jbn
+
+
+def test_one_example_a_lane_is_normalized_by_the_batch_of_all_lanes(rng):
+    x = rng.normal(size=(16, 3)).astype(np.float32) + 100
+    params, state = jbn.init(3)
+
+    @functools.partial(jax.vmap, axis_name="batch", out_axes=(0, None, None))
+    def norm_and_moments(x):
+        out, new_state = jbn.batch_norm(params, state, x, True, momentum=0.0, axis_name="batch")
+        return out, new_state, jbn.moments(x, axis_name="batch")
+
+    out, new_state, batch = jax.jit(norm_and_moments)(x)
+    expected = reference.batch_norm(x)
+    assert_close(out, expected.out)
+    assert_close(new_state.var, expected.var)
+    assert_close(batch.mean, expected.mean)
+    assert float(batch.count) == 16
+
+
+def test_one_example_a_lane_may_be_masked(rng):
+    x = rng.normal(size=(16, 3)).astype(np.float32) + 100
+    mask = rng.random(16) < 0.5
+    params, state = jbn.init(3)
+    norm = jax.vmap(lambda x, m: jbn.batch_norm(params, state, x, True, mask=m, axis_name="batch"), axis_name="batch")
+    out, _ = jax.jit(norm)(np.where(mask[:, None], x, np.float32(np.nan)), mask)
+    assert_close(out, reference.batch_norm(x, mask=mask).out)
+
+
+@jax.jit
+@functools.partial(jax.vmap, axis_name="lanes")
+def moments_of_lanes(x, mask):
+    return jbn.moments(x, mask=mask, axis_name="lanes")
+
+
+@pytest.mark.parametrize(
+    ("lanes", "center", "spread"),
+    [(4, 1e20, 1e-6), (32, 1e20, 1e-6), (4, -1e5, 1e-5), (32, -1e5, 1e-5), (4, 1e37, 0), (32, 1e24, 0)],
+)
+def test_an_empty_lane_beside_lanes_far_from_zero_changes_nothing(rng, lanes, center, spread):
+    """The distance from where nothing is may be beyond the range once it is squared."""
+    x = (center * (1 + spread * rng.normal(size=(lanes, 10, 3)))).astype(np.float32)
+    mask = np.broadcast_to(np.arange(lanes)[:, None] > 0, (lanes, 10))
+    found = jax.tree.map(lambda leaf: leaf[-1], moments_of_lanes(x, mask))
+    expected = reference.batch_norm(x[1:])
+    assert_close(found.mean, expected.mean)
+    assert_close(found.var, expected.var, scale=(2.0**-24 * center) ** 2)
+
+
+def test_a_named_lane_inside_an_unnamed_one_shares_statistics_by_name_only(rng):
+    """The statistics of the named lanes, and as many of them as there are unnamed lanes."""
+    x = rng.normal(size=(10, 5, 6)).astype(np.float32)
+    params, state = jbn.init(5)
+    inner = jax.vmap(
+        lambda x: jbn.batch_norm(params, state, x, True, momentum=0.0, axis_name="batch"),
+        axis_name="batch",
+        in_axes=1,
+        out_axes=(1, None),
+    )
+    out, new_state = jax.jit(jax.vmap(inner))(x)
+    assert new_state.mean.shape == new_state.var.shape == (10, 5)
+    for lane in range(10):
+        expected = reference.batch_norm(x[lane], feature_axis=0)
+        assert_close(out[lane], expected.out, scale=5)
+        assert_close(new_state.var[lane], expected.var)

@@ -1,0 +1,68 @@
+"""merge: the moments of parts are those of the whole."""
+
+import jax.numpy as jnp
+import numpy as np
+from support import reference
+from support.refusals import Refused, assert_refused
+from support.tolerances import UNIT, allowed, assert_close, assert_moments
+
+import jbn
+
+MOMENTS = jbn.Moments(np.zeros(3, np.float32), np.ones(3, np.float32), np.float32(8))
+TWO = np.ones(2, np.float32)
+REFUSED = {
+    "no moments": Refused(lambda: jbn.merge(), ValueError, "merge", "got no moments", "at least one jbn.Moments"),
+    "a list": Refused(lambda: jbn.merge([MOMENTS]), TypeError, "moments", "is a list", "jbn.Moments(mean, var"),
+    "other features": Refused(
+        lambda: jbn.merge(MOMENTS, MOMENTS._replace(mean=TWO)), ValueError, "moments", "[(3,), (2,)]", "one shape for"
+    ),
+    "no count": Refused(
+        lambda: jbn.merge(MOMENTS, MOMENTS._replace(count=None)), TypeError, "moments.count", "is None", "of shape ()"
+    ),
+    "variances of other features": Refused(
+        lambda: jbn.merge(MOMENTS._replace(var=TWO)), ValueError, "moments.var", "has shape (2,)", "expected (3,)"
+    ),
+}
+
+
+def test_what_is_no_moments_is_refused():
+    assert_refused(REFUSED)
+
+
+def test_the_union_of_parts_is_the_whole_in_any_order(rng):
+    """The means of the parts are rounded, and twice that, in standard deviations, is what the variance may lose."""
+    center = np.array([1, 10, 1e3, 1e4])
+    x = (rng.normal(size=(100, 4)) + center).astype(np.float32)
+    one, two, three, four = (jbn.moments(part) for part in np.split(x, [1, 20, 50]))
+    expected = reference.batch_norm(x)
+    unions = [jbn.merge(one, two, three, four), jbn.merge(four, three, two, one)]
+    for union in [*unions, jbn.merge(jbn.merge(one, two), jbn.merge(three, four))]:
+        assert float(union.count) == 100
+        for feature in range(4):
+            assert_close(union.mean[feature], expected.mean[feature])
+            rounded_means = 2 * UNIT["float32"] * center[feature]
+            np.testing.assert_allclose(
+                union.var[feature], expected.var[feature], rtol=allowed("float32") + rounded_means
+            )
+
+
+def test_the_union_is_exact_in_float64(x64, rng):
+    x = rng.normal(size=(60, 2, 3)) + 10
+    union = jbn.merge(*(jbn.moments(part, feature_axis=(1, 2)) for part in np.split(x, [7, 8])))
+    assert_moments(union, reference.batch_norm(x, feature_axis=(1, 2)), x, "float64")
+
+
+def test_empty_parts_do_nothing(rng):
+    x = rng.normal(size=(10, 3)).astype(np.float32)
+    batch, nothing = jbn.moments(x), jbn.moments(x[:0])
+    assert_moments(jbn.merge(nothing, batch, nothing), batch, x)
+    unknown = jbn.Moments(jnp.full(3, jnp.nan), jnp.full(3, -jnp.inf), jnp.float32(0))
+    assert_moments(jbn.merge(unknown, batch), batch, x)
+
+
+def test_empty_parts_do_nothing_far_from_zero(rng):
+    """The distance from where nothing is, 0, is beyond the range once it is squared."""
+    x = (1e20 * (1 + 1e-6 * rng.normal(size=(7, 3)))).astype(np.float32)
+    nothing = jbn.Moments(jnp.zeros(3), jnp.zeros(3), jnp.float32(0))
+    for merged in (jbn.merge(nothing, jbn.moments(x)), jbn.merge(jbn.moments(x), nothing)):
+        assert_close(merged.var, reference.batch_norm(x).var)

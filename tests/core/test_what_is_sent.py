@@ -1,0 +1,116 @@
+"""How often and how much a norm over many devices sends, read off programs that are compiled for CPU devices."""
+
+import functools
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from studies import shared_cost
+from support.sent import LAYERS, flax_layer, jbn_layer, sent, sent_by_network
+from support.tolerances import assert_close
+from support.transforms import devices_of
+
+import jbn
+
+pytestmark = [pytest.mark.cpu, pytest.mark.devices(8)]
+
+
+def counts(*args, **options):
+    """How often the network sends in the forward pass and in the backward pass."""
+    return tuple(map(len, sent_by_network(*args, **options)))
+
+
+@pytest.mark.parametrize(
+    ("cut", "masked", "check_vma"), [("rows", True, True), ("sequences", True, True), ("examples", False, False)]
+)
+def test_shard_map_sends_as_often_as_flax(cut, masked, check_vma):
+    options = {"cut": cut, "masked": masked, "check_vma": check_vma}
+    assert counts(jbn_layer, "devices", **options) == (LAYERS, LAYERS)
+    assert counts(flax_layer, "devices", **options) == (LAYERS, LAYERS)
+
+
+AUTOMATIC = [("rows", True), ("sequences", True), ("examples", False)]
+
+
+@pytest.mark.parametrize(("cut", "masked"), AUTOMATIC)
+def test_automatic_sharding_sends_the_shift_row_as_well(cut, masked):
+    """With a mask, which all layers share, it also finds the valid rows and counts them, once for all layers."""
+    assert counts(jbn_layer, None, cut, masked) == (2 * LAYERS + (2 if masked else 0), LAYERS)
+
+
+@pytest.mark.parametrize(
+    ("axis_name", "cut", "masked"),
+    [("devices", "rows", True), (None, "sequences", True), (None, "examples", False)],
+)
+def test_what_is_sent_does_not_grow_with_the_batch(axis_name, cut, masked):
+    small, large = (sent_by_network(jbn_layer, axis_name, cut, masked, times=times) for times in (1, 4))
+    assert small == large
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+def test_ghost_batches_send_running_statistics_alone(masked):
+    """They gather nothing, which `sent` would refuse, and their derivative is within each device."""
+    found = sent_by_network(functools.partial(jbn_layer, ghost_batch_size=2), None, "examples", masked)
+    assert found.forward
+    assert not found.backward
+
+
+def test_features_that_are_split_have_local_statistics():
+    """What is sent are the two flags of the update's guard, since all devices keep or change the state together."""
+    mesh = devices_of({"devices": 8})
+    x = jax.device_put(jnp.ones((16, 4, 32)), NamedSharding(mesh, P(None, None, "devices")))
+    args = jax.device_put(jbn.init(32)[0], NamedSharding(mesh, P("devices")))
+    found = sent(lambda params, x: jbn_layer(None, params, jbn.init(32)[1], x, None), args, x)
+    assert found.forward == ["(pred[], pred[])"]
+
+
+@pytest.mark.parametrize(
+    ("groups", "rows"), [(None, 8), ([[0, 1], [2, 3], [4, 5], [6, 7]], 2), ([[0, 1, 2], [3, 4, 5, 6, 7]], 8)]
+)
+def test_a_group_sends_a_row_for_each_member(groups, rows):
+    """Of mean's shift and offset, variance and count; where the groups differ in size, for each place on the axis."""
+    one_device = functools.partial(jbn.moments, axis_name="devices", axis_index_groups=groups)
+    mapped = jax.shard_map(
+        one_device, mesh=devices_of({"devices": 8}), in_specs=P("devices"), out_specs=P(), check_vma=False
+    )
+    assert sent(mapped, np.ones((16, 5), np.float32)).forward == [f"f32[{rows},16]"]
+
+
+@pytest.mark.slow
+def test_the_script_that_counts_for_a_whole_network_finds_what_each_part_sends(monkeypatch, capsys):
+    """Of one block instead of sixteen, five norms: that of the block's shortcut is sent with the one beside it."""
+    monkeypatch.setattr(shared_cost, "GROUP", 2)
+    groups_and_flax = shared_cost.cases(4)[1::2]
+    monkeypatch.setattr(shared_cost, "cases", lambda devices: groups_and_flax)
+    monkeypatch.setattr(shared_cost, "start_devices", lambda count: None)
+    shared_cost.main(["--devices", "4", "--blocks", "1"])
+    head, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines())
+    table = [dict(zip(head, row, strict=True)) for row in rows]
+    counts = [[int(row[part]) for part in (*shared_cost.PARTS, "all")] for row in table]
+    assert [row["statistics"] for row in table] == ["jbn, groups of 2", "Flax, all share"]
+    # Within groups, jbn's backward sums are not yet the gradients of scale and bias.
+    assert counts == [[4, 4, 2, 10], [4, 3, 2, 9]]
+
+
+def test_the_network_of_the_script_is_resnet_50():
+    model = shared_cost.ResNet(functools.partial(nn.BatchNorm, use_running_average=False), shared_cost.RESNET_50)
+    image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    shared_cost.check_network(jax.eval_shape(model.init, jax.random.key(0), image))
+
+
+def test_inference_sends_nothing_and_needs_no_one_else(rng):
+    params, state = jbn.init(3)
+
+    def inference(x):
+        return jbn.batch_norm(params, state, x, False, axis_name="d")[0]
+
+    x = rng.normal(size=(16, 3)).astype(np.float32)
+    mapped = jax.jit(jax.shard_map(inference, mesh=devices_of({"d": 8}), in_specs=P("d"), out_specs=P("d")))
+    program = mapped.lower(x).compile()
+    assert re.findall(r"all-\w+|reduce-scatter|collective-\w+", program.as_text()) == []
+    assert_close(program(x), inference(x))

@@ -1,0 +1,117 @@
+"""What the modules of jbn import of each other, what `import jbn` loads, and that the library prints nothing."""
+
+import ast
+import os
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+
+from support.sources import LIBRARY, ON_TOP, SOURCES, TREES
+
+import jbn
+
+GROUND = {"_arguments", "_nodes", "momentum", "renorm"}
+WINGS = {
+    *("_flax", "linen", "nnx"),
+    *("_calibrate", "_calibration_faults", "_merge_states", "diagnostics", "plot"),
+    *("_fold", "checkpoint", "convert"),
+}
+BETWEEN_WINGS = {
+    ("linen", "_flax"),
+    ("nnx", "_flax"),
+    ("_calibrate", "_calibration_faults"),
+    ("plot", "diagnostics"),
+}
+"""The wings stand beside each other, and import the ground and the core; these pairs import each other's too."""
+LAYERS = ("ground", "core", "wing", "public names", "top")
+
+
+def room_of(module):
+    """The file or folder in jbn/ that a module lies in; "" is jbn itself."""
+    return module.removeprefix("jbn").removeprefix(".").partition(".")[0]
+
+
+def layer_of(module):
+    room = room_of(module)
+    if not room:
+        return "public names"
+    if room in ON_TOP:
+        return "top"
+    if room in GROUND:
+        return "ground"
+    # The core has no public modules, so that a new module that is not private is taken for a wing.
+    return "core" if room.startswith("_") and room not in WINGS else "wing"
+
+
+def imports_of(module):
+    """The modules of jbn that one imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, ast.Import):
+            names = [one.name for one in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{module}:{node.lineno} imports by a relative name"
+            names = [f"{node.module}.{one.name}" for one in node.names]
+        else:
+            continue
+        found |= {name if name in SOURCES else name.rpartition(".")[0] for name in names}
+    return found & SOURCES.keys()
+
+
+IMPORTS = {module: imports_of(module) for module in SOURCES}
+
+
+def run(script):
+    """What a fresh interpreter prints, on a CPU that nothing was set up on."""
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
+    return result.stdout.split()
+
+
+def test_imports_point_one_way():
+    """From the top to the public names, the wings, the core and the ground; a wing imports no other wing."""
+    offenders = []
+    for importer, imported in IMPORTS.items():
+        for module in imported:
+            upper, lower = (LAYERS.index(layer_of(one)) for one in (importer, module))
+            rooms = room_of(importer), room_of(module)
+            between = LAYERS[upper] == "wing" and upper == lower and rooms[0] != rooms[1] and rooms not in BETWEEN_WINGS
+            if lower > upper or between:
+                offenders.append(f"{importer} ({LAYERS[upper]}) imports {module} ({LAYERS[lower]})")
+    assert not offenders, "\n".join(sorted(offenders))
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    TopologicalSorter(IMPORTS).prepare()  # a cycle is an error that shows it
+
+
+def test_every_name_in_the_layers_is_that_of_a_file():
+    assert {room_of(module) for module in SOURCES} >= (GROUND | WINGS | ON_TOP)
+
+
+def test_the_library_prints_and_logs_nothing():
+    offenders = []
+    for module in LIBRARY:
+        for node in ast.walk(TREES[module]):
+            match node:
+                case ast.Call(func=ast.Name(id="print") | ast.Attribute(attr="print" | "write")):
+                    offenders.append(f"{module}:{node.lineno} prints")
+                case ast.alias(name="logging") | ast.ImportFrom(module="logging"):
+                    offenders.append(f"{module}: logs")
+    assert not offenders, "\n".join(offenders)
+
+
+def test_import_loads_jax_and_jbn_and_nothing_else():
+    """What is loaded beside jax is what takes time beside jax."""
+    loaded = run("import sys, jax, jax.numpy; print(*sys.modules, '|'); import jbn; print(*sys.modules)")
+    before, after = {*loaded[: loaded.index("|")]}, {*loaded[loaded.index("|") + 1 :]}
+    added = after - before
+    of_others = [name for name in added if name.split(".")[0] not in {"jbn", *sys.stdlib_module_names}]
+    assert of_others == ["jax.ad_checkpoint"]
+    assert {f"jbn.{name}" for name in jbn._WHEN_TOUCHED}.isdisjoint(added)
+    heavy = {"flax", "optax", "chex", "matplotlib", "orbax", "scipy.optimize"}
+    assert heavy.isdisjoint(after)
+
+
+def test_import_leaves_the_devices_to_be_set_up():
+    assert run("import jbn, jax; jax.config.update('jax_num_cpu_devices', 3); print(jax.device_count())") == ["3"]

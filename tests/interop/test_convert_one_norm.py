@@ -1,0 +1,123 @@
+"""The arrays of one norm: there and back bit for bit in each library's names, in every dtype, or one error."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support.conversion import assert_bit_equal
+from support.refusals import Refused, assert_refused
+
+import jbn
+from jbn import convert
+from jbn.convert import from_nnx, from_torch, to_keras, to_linen, to_torch
+
+TWO = np.ones(2, np.float32)
+NORM = jbn.init(2)
+TORCH = {"running_mean": TWO, "running_var": TWO}
+
+
+@pytest.mark.parametrize("library", ["torch", "keras", "linen", "nnx"])
+def test_a_norm_comes_back_with_or_without_scale_and_bias(library):
+    three = jnp.full(2, 3.0)
+    state = jbn.State(jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0]), jnp.int32(5))
+    options = {"with_count": True} if library in ("linen", "nnx") else {}
+    given = {"count": 5} if library == "keras" else {}
+    for params in (jbn.Params(None, None), jbn.Params(three, None), jbn.Params(None, three), jbn.Params(three, three)):
+        arrays = getattr(convert, f"to_{library}")(params, state, **options)
+        back = getattr(convert, f"from_{library}")(arrays, **given)
+        expected = params
+        if library == "torch" and params != jbn.Params(None, None):
+            # PyTorch has both or none.
+            ones_and_zeros = jnp.ones(2), jnp.zeros(2)
+            expected = jbn.Params(*(d if v is None else v for v, d in zip(params, ones_and_zeros, strict=True)))
+        assert jax.tree.structure(back) == jax.tree.structure((expected, state)), params
+        jax.tree.map(np.testing.assert_array_equal, back, (expected, state))
+
+
+def test_half_precision_keeps_its_params_and_has_float32_statistics():
+    for dtype in (jnp.bfloat16, np.float16):
+        stored = {name: np.array([0.1, 0.2], dtype) for name in ("weight", "bias", *TORCH)}
+        params, state = from_torch(stored)
+        assert (params.scale.dtype, state.mean.dtype, state.var.dtype) == (dtype, jnp.float32, jnp.float32)
+        back = to_torch(params, state)
+        # NumPy has no bfloat16.
+        assert back["weight"].dtype == (np.float16 if dtype == np.float16 else np.float32)
+        for name, array in stored.items():
+            np.testing.assert_array_equal(back[name], array.astype(np.float32))
+
+
+def test_float64_comes_back_where_jax_has_it(x64, rng):
+    entries = {"running_mean": rng.normal(size=3), "running_var": rng.random(3), "num_batches_tracked": np.int64(4)}
+    assert_bit_equal(to_torch(*from_torch(entries)), entries)
+
+
+def test_what_is_written_to_an_array_later_does_not_reach_jbn():
+    mean = TWO.copy()
+    _, state = from_torch({**TORCH, "running_mean": mean})
+    mean[:] = 7
+    np.testing.assert_array_equal(state.mean, TWO)
+
+
+def test_what_is_written_for_torch_and_keras_may_be_written_to():
+    for write in (to_torch, to_keras):
+        assert all(array.flags.writeable for array in write(*NORM).values())
+
+
+def stored_count(count):
+    return lambda: from_torch({**TORCH, "num_batches_tracked": np.array(count)})
+
+
+WHOLE = "not a whole number from 0 to 2147483647"
+REFUSED = {
+    "no mapping": Refused(lambda: from_torch(TWO), TypeError, "entries", "a ndarray", "by the names weight, bias"),
+    "missing": Refused(
+        lambda: from_torch({"running_mean": TWO}), ValueError, "running_var", "is missing", "batch norm in PyTorch"
+    ),
+    "extra": Refused(
+        lambda: from_torch({**TORCH, "gamma": TWO}), ValueError, "gamma", "is extra", "a norm has weight, bias"
+    ),
+    "misshaped": Refused(
+        lambda: from_nnx({"mean": TWO, "var": TWO[:1]}), ValueError, "var", "has shape (1,)", "not (2,) as `mean`"
+    ),
+    "integers": Refused(
+        lambda: from_nnx({"mean": TWO, "var": np.ones(2, int)}), ValueError, "var", "has dtype int32", "not a float one"
+    ),
+    "no array": Refused(
+        lambda: from_nnx({"mean": TWO, "var": "a"}), ValueError, "var", "is a str", "those of batch norm in Flax"
+    ),
+    "float64": Refused(
+        lambda: from_torch({**TORCH, "weight": np.ones(2)}),
+        ValueError,
+        "weight",
+        "is float64, which jax cuts to float32",
+        "convert it first, or",
+    ),
+    "a stored count below 0": Refused(
+        lambda: from_nnx({"mean": TWO, "var": TWO, "count": -3}), ValueError, "count", "is -3", WHOLE
+    ),
+    "a stored count above int32": Refused(
+        stored_count(2**31), ValueError, "num_batches_tracked", "is 2147483648", WHOLE
+    ),
+    "half a stored count": Refused(stored_count(3.5), ValueError, "num_batches_tracked", "is 3.5", WHOLE),
+    "a stored count of nan": Refused(stored_count(np.nan), ValueError, "num_batches_tracked", "is nan", WHOLE),
+    "count a float": Refused(lambda: from_torch(TORCH, count=1.5), TypeError, "count", "is 1.5", "expected an int"),
+    "count below 0": Refused(
+        lambda: from_torch(TORCH, count=-1), ValueError, "count", "is -1", "expected 0 to 2147483647"
+    ),
+    "count above int32": Refused(
+        lambda: from_torch(TORCH, count=2**31), ValueError, "count", "is 2147483648", "expected 0 to 2147483647"
+    ),
+    "to PyTorch from a dict": Refused(
+        lambda: to_torch(TORCH, NORM[1]), TypeError, "params", "is a dict", "jbn.Params(scale, bias)"
+    ),
+    "to Linen, swapped": Refused(
+        lambda: to_linen(*NORM[::-1]), TypeError, "params", "is a State", "jbn.Params(scale, bias)"
+    ),
+    "to Keras without a state": Refused(
+        lambda: to_keras(NORM[0], None), TypeError, "state", "is a NoneType", "jbn.State(mean, var, count)"
+    ),
+}
+
+
+def test_arrays_and_counts_that_are_no_norm_are_refused():
+    assert_refused(REFUSED)

@@ -1,0 +1,148 @@
+"""What calibrate refuses: bad arguments, and norms without statistics of one batch, named with the likely reason."""
+
+import sys
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support.refusals import Refused, assert_refused, jitted, partly
+
+import jbn
+
+X = np.ones((4, 3), np.float32)
+HUGE = np.full((2, 3), 3e38, np.float32)
+PARAMS, STATE = jbn.init(3)
+HALF = STATE._replace(mean=STATE.mean.astype("bfloat16"))
+NO_COUNT = {"mean": np.ones(2, np.float32), "var": np.ones(2, np.float32)}
+
+
+def step(state, batch):
+    return jbn.batch_norm(PARAMS, state, batch, True)[1]
+
+
+def unchanged(state, batch):
+    return state
+
+
+def run_twice(tree, batch):
+    """A step of a norm without a count, in which the second call moves what the first one found."""
+    return {"mean": (tree["mean"] + 1) / 2, "var": jnp.where(jnp.isinf(tree["var"]), 1.0, tree["var"])}
+
+
+def two(states, batch):
+    """A step of one norm, which leaves another as it was."""
+    return {**states, "used": step(states["used"], batch)}
+
+
+calibrate = partly(jbn.calibrate, step=step, state=STATE, batches=[X])
+ARGUMENTS = {
+    "step": Refused(calibrate(step=None), TypeError, "step", "is None", "expected a function of (state, batch)"),
+    "weights": Refused(calibrate(weights=[1]), TypeError, "weights", "is [1]", "expected a function of batch"),
+    "select": Refused(calibrate(select="stem"), TypeError, "select", "is 'stem'", "expected a function of path"),
+    "batches": Refused(calibrate(batches=3), TypeError, "batches", "is a int", "an iterable of what `step` takes"),
+    "no batches": Refused(
+        calibrate(batches=[]), ValueError, "batches", "gave no batch of a weight above 0", "at least one"
+    ),
+    "no statistics": Refused(calibrate(state={"a": X}), ValueError, "state", "holds no statistics", "`mean` and `var`"),
+    "half precision": Refused(
+        calibrate(state={"stem": HALF}), TypeError, "state", "`mean` in bfloat16 at stem", "Convert it by `.astype`"
+    ),
+    "state traced": Refused(
+        jitted(calibrate(), state=STATE), TypeError, "state", "is traced", "call it outside of jit, and jit `step`"
+    ),
+    "batches traced": Refused(
+        jitted(calibrate(), batches=[X]), TypeError, "batches", "are traced", "outside of jit, and jit `step`"
+    ),
+    "nothing selected": Refused(
+        calibrate(state={"stem": STATE}, select=lambda path: False),
+        ValueError,
+        "select",
+        "selects none of the 1 nodes with statistics",
+        "stem",
+    ),
+    "negative weight": Refused(
+        calibrate(weights=lambda x: -1), ValueError, "weights", "gives -1 for batch 0", "a number of at least 0"
+    ),
+    "weight a text": Refused(
+        calibrate(weights=lambda x: "a"), ValueError, "weights", "gives 'a' for batch 0", "a number of at least 0"
+    ),
+    "sizes that differ": Refused(
+        calibrate(batches=[(X, X[:2])]), ValueError, "batches", "leading axes of sizes [2, 4]", "Give `weights`"
+    ),
+    "batches of numbers": Refused(
+        calibrate(batches=[[3.0, 4]]),
+        ValueError,
+        "batches",
+        "number 0, without an array that has a leading axis",
+        "Give `weights`",
+    ),
+    "no tqdm": Refused(
+        mock.patch.dict(sys.modules, tqdm=None)(calibrate(progress=True)),
+        ModuleNotFoundError,
+        "progress",
+        "tqdm, which is",
+        "pip install tqdm",
+    ),
+}
+STEPS = {
+    "no state": Refused(
+        calibrate(step=lambda state, x: x), ValueError, "step", "holds no statistics", "float `mean` and `var`"
+    ),
+    "another tree": Refused(
+        calibrate(step=lambda state, x: {"other": state}), ValueError, "step", "at other", "a tree like `state`"
+    ),
+    "another shape": Refused(
+        calibrate(step=lambda state, x: jbn.init(2)[1]),
+        ValueError,
+        "step",
+        "`mean` of shape (2,) at (the tree itself)",
+        "expected (3,)",
+    ),
+    "a norm left alone": Refused(
+        calibrate(step=unchanged), ValueError, "step", "no statistics for 1 of 1", "Leave it out by `select`"
+    ),
+    "one of two left alone": Refused(
+        calibrate(step=two, state={"used": STATE, "nested": {"idle": STATE}}),
+        ValueError,
+        "step",
+        "for 1 of 2 norms:\n  nested/idle is left as it was",
+        "or run it in training mode",
+    ),
+    "a batch of NaN": Refused(
+        calibrate(step=two, state={"used": STATE}, batches=[X, X * np.nan]),
+        ValueError,
+        "step",
+        "batch 1 gave no statistics for 1 of 1 norms:\n  used is left as it was",
+        "this batch is not finite",
+    ),
+    "a norm run twice": Refused(
+        calibrate(step=run_twice, state=NO_COUNT), ValueError, "step", "ran more than once", "give each call a norm of"
+    ),
+    "values that are too large": Refused(
+        calibrate(batches=[HUGE, -HUGE]), ValueError, "var", "is too large for float32", "or a state in float64"
+    ),
+}
+
+
+def test_errors_name_the_argument_and_say_how_to_mend_it():
+    assert_refused(ARGUMENTS)
+
+
+def test_errors_name_the_norms_that_a_step_gave_no_statistics_of():
+    assert_refused(STEPS)
+
+
+def test_many_consequences_of_one_fault_are_counted():
+    states = {f"norm{number:02}": STATE for number in range(13)}
+
+    @jax.jit
+    def poisoned(states, x):
+        x = jbn.normalize(PARAMS, states["norm00"], x)
+        return {name: state if name == "norm00" else step(state, x) for name, state in states.items()}
+
+    with pytest.raises(ValueError, match="for 13 of 13 norms:\n  norm00 is left as it was") as error:
+        jbn.calibrate(poisoned, states, [X])
+    assert "and 3 more" in str(error.value)
+    assert len(str(error.value).splitlines()) == 12
