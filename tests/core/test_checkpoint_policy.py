@@ -94,13 +94,3 @@ def test_numbers_are_the_same_under_the_policy(rng):
     kernels = jnp.asarray(rng.normal(size=KERNELS.shape), jnp.float32)
     plain, under = (jax.jit(gradient(b))(kernels, x) for b in (block, checkpointed(block)))
     assert_same(under, plain)
-
-
-def test_numbers_are_the_same_under_the_policy_without_jit(rng):
-    """Of a product of matrices, since eager convolutions take seconds to compile."""
-
-    def dense(kernel, x):
-        return jbn.batch_norm(PARAMS, STATE, x @ kernel, True, activation=jax.nn.relu)
-
-    kernel, x = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((4, 4), (8, 4)))
-    assert_same(gradient(checkpointed(dense))(kernel, x), jax.jit(gradient(dense))(kernel, x))

@@ -14,7 +14,7 @@ import jbn
 
 @pytest.mark.parametrize(("dtype", "masked"), [("float32", True), ("float64", False)])
 def test_every_layout(x64, rng, dtype, masked):
-    for shape, feature_axis in LAYOUTS:
+    for shape, feature_axis in LAYOUTS if masked else LAYOUTS[::4]:
         x, cotangent = (rng.normal(size=shape).astype(dtype) * 2 + 3 for _ in range(2))
         feature = reference.feature_axes(feature_axis, x.ndim)
         features = tuple(shape[axis] for axis in feature)
@@ -124,7 +124,7 @@ def test_a_variance_beyond_the_range_is_loud(norm):
     """The reciprocal of its root is 0, which would give the bias for everything."""
     x = jnp.array([[1e20, 1.0], [-1e20, 2.0], [0.0, 6.0]])
     params, state = jbn.init(2)
-    out, new_state = norm(params, state, x, True)
+    out, new_state = jax.jit(norm, static_argnames="train")(params, state, x, train=True)
     assert np.isnan(out[:, 0]).all()
     assert np.isfinite(out[:, 1]).all()
     jax.tree.map(np.testing.assert_array_equal, new_state, state)

@@ -73,3 +73,19 @@ def test_a_named_lane_inside_an_unnamed_one_shares_statistics_by_name_only(rng):
         expected = reference.batch_norm(x[lane], feature_axis=0)
         assert_close(out[lane], expected.out, scale=5)
         assert_close(new_state.var[lane], expected.var)
+
+
+def test_one_example_in_one_lane_gives_the_bias_and_no_gradient_but_of_it(rng):
+    """Without jit, under which a rounding of the mean's last bit may be left in the gradient of x."""
+    x, cotangent = rng.normal(size=(2, 1, 5)).astype(np.float32)
+    params, state = jbn.init(5)
+
+    def lanes(params, x):
+        return jax.vmap(lambda x: jbn.batch_norm(params, state, x, True, axis_name="d")[0], axis_name="d")(x)
+
+    out, backward = jax.vjp(lanes, params, x)
+    (dscale, dbias), dx = backward(cotangent)
+    np.testing.assert_array_equal(out, np.zeros((1, 5)))
+    np.testing.assert_array_equal(dbias, cotangent[0])
+    for gradient in (dscale, dx):
+        np.testing.assert_array_equal(gradient, np.zeros_like(gradient))

@@ -1,5 +1,6 @@
 """merge: the moments of parts are those of the whole."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from support import reference
@@ -33,10 +34,15 @@ def test_the_union_of_parts_is_the_whole_in_any_order(rng):
     """The means of the parts are rounded, and twice that, in standard deviations, is what the variance may lose."""
     center = np.array([1, 10, 1e3, 1e4])
     x = (rng.normal(size=(100, 4)) + center).astype(np.float32)
-    one, two, three, four = (jbn.moments(part) for part in np.split(x, [1, 20, 50]))
     expected = reference.batch_norm(x)
-    unions = [jbn.merge(one, two, three, four), jbn.merge(four, three, two, one)]
-    for union in [*unions, jbn.merge(jbn.merge(one, two), jbn.merge(three, four))]:
+
+    @jax.jit
+    def unions(x):
+        one, two, three, four = (jbn.moments(part) for part in jnp.split(x, [1, 20, 50]))
+        merge = jbn.merge
+        return merge(one, two, three, four), merge(four, three, two, one), merge(merge(one, two), merge(three, four))
+
+    for union in unions(x):
         assert float(union.count) == 100
         for feature in range(4):
             assert_close(union.mean[feature], expected.mean[feature])
@@ -48,7 +54,8 @@ def test_the_union_of_parts_is_the_whole_in_any_order(rng):
 
 def test_the_union_is_exact_in_float64(x64, rng):
     x = rng.normal(size=(60, 2, 3)) + 10
-    union = jbn.merge(*(jbn.moments(part, feature_axis=(1, 2)) for part in np.split(x, [7, 8])))
+    parts = jax.jit(lambda x: [jbn.moments(part, feature_axis=(1, 2)) for part in jnp.split(x, [7, 8])])(x)
+    union = jax.jit(jbn.merge)(*parts)
     assert_moments(union, reference.batch_norm(x, feature_axis=(1, 2)), x, "float64")
 
 
@@ -64,5 +71,5 @@ def test_empty_parts_do_nothing_far_from_zero(rng):
     """The distance from where nothing is, 0, is beyond the range once it is squared."""
     x = (1e20 * (1 + 1e-6 * rng.normal(size=(7, 3)))).astype(np.float32)
     nothing = jbn.Moments(jnp.zeros(3), jnp.zeros(3), jnp.float32(0))
-    for merged in (jbn.merge(nothing, jbn.moments(x)), jbn.merge(jbn.moments(x), nothing)):
+    for merged in jax.jit(lambda x: (jbn.merge(nothing, jbn.moments(x)), jbn.merge(jbn.moments(x), nothing)))(x):
         assert_close(merged.var, reference.batch_norm(x).var)
