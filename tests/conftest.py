@@ -19,7 +19,7 @@ from hypothesis import settings
 
 if jax.config.jax_platforms == "cpu" and "device_count" not in os.environ.get("XLA_FLAGS", ""):
     jax.config.update("jax_num_cpu_devices", 8)
-settings.register_profile("quick", max_examples=20, deadline=None, derandomize=True, database=None)
+settings.register_profile("quick", max_examples=10, deadline=None, derandomize=True, database=None)
 settings.register_profile("thorough", max_examples=2000, deadline=None)
 settings.register_profile("free_shapes", max_examples=200, deadline=None)
 settings.load_profile("quick")

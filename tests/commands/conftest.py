@@ -2,6 +2,10 @@
 
 import contextlib
 import io
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -50,3 +54,28 @@ def command():
         return Ended(status, out.getvalue(), err.getvalue())
 
     return run
+
+
+@pytest.fixture(scope="session")
+def start():
+    """A function that starts Python with one CPU device, for what it prints to be read.
+
+    They compile without optimizations, which is most of their time.
+    """
+    environment = {
+        **{name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
+
+    def started(*arguments):
+        return subprocess.Popen(
+            [sys.executable, *map(str, arguments)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    return started

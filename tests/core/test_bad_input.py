@@ -161,7 +161,7 @@ def test_params_and_state_of_another_kind_shape_or_dtype_are_refused():
     assert_refused(PARAMS_AND_STATE, also_traced=True)
 
 
-def test_options_of_another_kind_or_value_are_refused():
+def test_bad_train_epsilon_running_var_dtype_and_activation_are_refused():
     assert_refused(OPTIONS, also_traced=True)
 
 

@@ -13,7 +13,7 @@ import jbn
 
 
 @pytest.mark.parametrize(("dtype", "masked"), [("float32", True), ("float64", False)])
-def test_every_layout(x64, rng, dtype, masked):
+def test_output_statistics_and_gradients_of_every_layout(x64, rng, dtype, masked):
     for shape, feature_axis in LAYOUTS if masked else LAYOUTS[::4]:
         x, cotangent = (rng.normal(size=shape).astype(dtype) * 2 + 3 for _ in range(2))
         feature = reference.feature_axes(feature_axis, x.ndim)

@@ -91,7 +91,7 @@ def test_nothing_valid_gives_0_and_leaves_the_state(debug_nans, rng, rows, optio
 
 def test_axes_of_size_1_repeat_the_mask(rng):
     x = rng.normal(size=(6, 4, 5, 3)).astype(np.float32)
-    for shape in ((6, 4, 5), (6, 1, 5), (1, 4, 1), (6, 4, 5, 1), (6, 1, 1, 1)):
+    for shape in ((6, 1, 5), (1, 4, 1), (6, 1, 1, 1)):
         mask = rng.random(shape) < 0.7
         whole = np.broadcast_to(mask if mask.ndim == 4 else mask[..., None], (6, 4, 5, 1))
         expected = reference.batch_norm(x, mask=whole)
@@ -120,6 +120,9 @@ def test_padding_of_any_layout_is_exact_far_from_zero(rng):
         np.testing.assert_allclose(state.var, expected.var, rtol=1e-5, err_msg=name)
 
 
+jitted_moments = jax.jit(jbn.moments, static_argnames="feature_axis")
+
+
 def test_masks_beside_features_in_between(rng):
     for feature_axis in ((0, 2), (1, 3), 2):
         x = (rng.normal(size=(4, 5, 3, 6)) + 1e4).astype(np.float32)
@@ -127,7 +130,7 @@ def test_masks_beside_features_in_between(rng):
         mask = rng.random([n for axis, n in enumerate(x.shape) if axis not in feature]) < 0.5
         x[~np.broadcast_to(np.expand_dims(mask, feature), x.shape)] = np.nan
         expected = reference.batch_norm(x, feature_axis=feature_axis, mask=mask)
-        found = jbn.moments(x, feature_axis=feature_axis, mask=mask)
+        found = jitted_moments(x, feature_axis=feature_axis, mask=mask)
         np.testing.assert_allclose(found.var, expected.var, rtol=1e-5)
 
 

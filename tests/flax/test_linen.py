@@ -100,7 +100,8 @@ def test_options_reach_the_function(rng):
     assert jax.tree.structure(variables["batch_stats"]) == jax.tree.structure(jbn.init(3)[1]._asdict())
     start = {"params": jbn.init(3)[0]._asdict(), "batch_stats": jbn.init(3)[1]._asdict()}
     out, variables = jax.jit(functools.partial(trained, norm))(start, x, mask=mask)
-    expected, state = jax.jit(lambda x: jbn.batch_norm(*jbn.init(3), x, True, mask=mask, **shown, **options))(x)
+    norm_itself = jax.jit(functools.partial(jbn.batch_norm, train=True, **shown, **options))
+    expected, state = norm_itself(*jbn.init(3), x=x, mask=mask)
     np.testing.assert_array_equal(out, expected)
     jax.tree.map(np.testing.assert_array_equal, variables["batch_stats"], state._asdict())
 

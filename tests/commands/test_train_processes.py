@@ -1,69 +1,21 @@
-"""`jbn train` in several processes, joined on this machine as hosts are; and a run that is killed and resumed."""
+"""`jbn train` in several processes, joined on this machine as hosts are."""
 
 import json
 import os
-import signal
 import socket
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import jax
 import numpy as np
-import orbax.checkpoint
 import pytest
 from flax import serialization
 from support import steps_of_processes
+from support.subprocesses import SMALL, finished
 from support.tolerances import assert_close
 
 from jbn.demo import processes
 from jbn.demo.options import Options, check_processes
 
 pytestmark = pytest.mark.standard_promotion
-
-TESTS = Path(__file__).parents[1]
-TIME_LIMIT = 300
-"""Seconds after which a process that waits for another in vain is ended."""
-SMALL = ("-m", "support.small_network", "train", "--batch-size", 16)
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """A function that starts Python with one CPU device, for what it prints to be read.
-
-    The processes share what they compile, and compile it without optimizations: that is most of their time.
-    """
-    environment = {
-        **{name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(TESTS),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
-
-    def started(*arguments):
-        return subprocess.Popen(
-            [sys.executable, *map(str, arguments)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    return started
-
-
-def finished(started):
-    """Exit status and output of each process; none is left behind."""
-    try:
-        outputs = [process.communicate(timeout=TIME_LIMIT)[0] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    return [(process.returncode, output) for process, output in zip(started, outputs, strict=True)]
 
 
 def coordinator():
@@ -96,50 +48,6 @@ def test_steps_of_two_processes_equal_those_of_one(tmp_path, start, small, x64):
         two = serialization.from_bytes(one, (tmp_path / f"after_{number}").read_bytes())
         for actual, value in zip(jax.tree.leaves(two), jax.tree.leaves(one), strict=True):
             assert_close(actual, value, "float64")
-
-
-SAVED, CUT, STEPS = 2, 3, 8
-"""A run is killed while it writes the checkpoint of step CUT or of a later one, so that SAVED or a later one is whole.
-It has so many steps that the kill comes before the last of them on a busy machine too."""
-
-
-def kill_while_saving(process, folder):
-    deadline = time.monotonic() + TIME_LIMIT
-    while time.monotonic() < deadline and process.poll() is None:
-        names = os.listdir(folder) if folder.exists() else []
-        if any(not name.isdigit() and int(name.split(".")[0]) >= CUT for name in names):
-            process.send_signal(signal.SIGKILL)
-            break
-    printed, _ = process.communicate()
-    assert process.returncode == -signal.SIGKILL, printed
-
-
-def saved_after(out, step):
-    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
-        return jax.tree.leaves(checkpointer.restore(out / "checkpoints" / str(step) / "run"))
-
-
-@pytest.mark.slow
-def test_a_killed_run_resumes_where_it_was(tmp_path, start):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    command = (*SMALL, "--steps", STEPS, "--checkpoint-every", 1, "--out")
-    ((status, printed),) = finished([start(*command, whole)])
-    assert status == 0, printed
-    folder = cut / "checkpoints"
-    kill_while_saving(start(*command, cut), folder)
-    assert not (cut / "history.json").exists()
-    left = max(int(name) for name in os.listdir(folder) if name.isdigit())
-    assert left >= SAVED
-    ((status, printed),) = finished([start(*command, cut, "--resume")])
-    assert status == 0, printed
-    assert f"resumed after step {left}\n" in printed
-    assert f"step {left}/{STEPS}" not in printed
-    histories = [json.loads((out / "history.json").read_text()) for out in (whole, cut)]
-    for name in ("loss", "train_accuracy", "looks", "population"):
-        assert histories[0][name] == histories[1][name], name
-    for actual, expected in zip(saved_after(cut, STEPS), saved_after(whole, STEPS), strict=True):
-        np.testing.assert_array_equal(actual, expected)
-    assert all(name.isdigit() for name in os.listdir(folder))
 
 
 @pytest.mark.slow

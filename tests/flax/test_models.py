@@ -1,4 +1,4 @@
-"""What other libraries' own tests check of modules in Flax models: jbn's modules do what Flax's do in their place."""
+"""Modules in Flax models: tables, copies, nested transforms and sharding are those of Flax's norm in their place."""
 
 import copy
 import itertools
@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
-from flax.nnx import bridge
 from support import reference
 from support.compilation import compiled
+from support.flax_models import Block, assert_trees_close, both, normal
 from support.tolerances import assert_close
 
 import jbn
@@ -20,22 +20,8 @@ import jbn
 KEY = jax.random.key(0)
 
 
-def normal(rng, *shape):
-    return jnp.asarray(rng.normal(size=shape) * 2 + 1, jnp.float32)
-
-
 def pickled(value):
     return pickle.loads(pickle.dumps(value))
-
-
-def both(module):
-    """A class of ours and Flax's of the same name, to be put into the same model."""
-    return {"linen": (jbn.linen.BatchNorm, nn.BatchNorm), "nnx": (jbn.nnx.BatchNorm, nnx.BatchNorm)}[module]
-
-
-def assert_trees_close(actual, expected, **bounds):
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    jax.tree.map(lambda a, e: assert_close(a, e, **bounds), actual, expected)
 
 
 def test_a_norm_may_be_called_twice_at_initialization(rng):
@@ -135,17 +121,6 @@ def test_tables_of_linen_models_are_those_of_flax(times):
     assert "mean: float32[3]" in ours
 
 
-class Block(nnx.Module):
-    """Linear, norm and relu."""
-
-    def __init__(self, rngs, norm=jbn.nnx.BatchNorm, features=3):
-        self.linear = nnx.Linear(features, features, use_bias=False, rngs=rngs)
-        self.norm = norm(features, momentum=0.5, rngs=rngs)
-
-    def __call__(self, x):
-        return nnx.relu(self.norm(self.linear(x)))
-
-
 @pytest.mark.standard_promotion
 def test_tables_of_nnx_models_are_those_of_flax():
     options = {"console_kwargs": {"force_terminal": False, "width": 200}}
@@ -243,146 +218,3 @@ def test_the_text_of_views_names_each_class_once():
     assert text.count("BatchNorm:") == 1
     assert "use_running_average" in text
     assert "BatchNorm" not in nnx.view_info(Block(nnx.Rngs(0)), only=nnx.Linear)
-
-
-def squares(model, x):
-    return jnp.mean(model(x) ** 2)
-
-
-def stacked(norm, axes=0):
-    @nnx.split_rngs(splits=4)
-    @nnx.vmap(in_axes=0, out_axes=axes)
-    def make(rngs):
-        return Block(rngs, norm)
-
-    return make(nnx.Rngs(0))
-
-
-def ensemble(norm, x):
-    model = stacked(norm)
-    return nnx.vmap(lambda model, x: model(x), in_axes=(0, None))(model, x), model
-
-
-def lanes_of_one_model(norm, x):
-    """Params are shared, and each lane has statistics of its own."""
-    axes = nnx.StateAxes({nnx.BatchStat: 0, ...: None})
-    model = nnx.vmap(lambda: Block(nnx.Rngs(0), norm), out_axes=axes, axis_size=4)()
-    assert model.norm.scale.shape == (3,)
-    assert model.norm.mean.shape == (4, 3)
-    out = nnx.vmap(lambda model, x: model(x), in_axes=(axes, 0))(model, jnp.stack([x, x + 1, 2 * x, 3 - x]))
-    return out, model
-
-
-def axes_of_each_variable(norm, x):
-    axes = nnx.StateAxes({nnx.PathContains("mean"): 1, nnx.PathContains("bias"): None, ...: 0})
-    return nnx.vmap(lambda: norm(3, rngs=nnx.Rngs(0)), out_axes=axes, axis_size=5)()
-
-
-def scan_over_layers(axis):
-    """Params along the first axis; all layers update the same statistics, or, not carried, read them only."""
-
-    def program(norm, x):
-        model = stacked(norm, nnx.StateAxes({nnx.Param: 0, ...: None}))
-        axes = nnx.StateAxes({nnx.Param: 0, ...: axis})
-        scan = nnx.scan(lambda model, x: model(x), in_axes=(axes, nnx.Carry), out_axes=nnx.Carry)
-        return scan(model, x), model
-
-    return program
-
-
-def step_in_tree_mode(norm, x):
-    model = Block(nnx.Rngs(0), norm)
-    model.set_attributes(use_running_average=True)
-    step = nnx.jit(lambda model, x: nnx.grad(squares, graph=False)(model, x), graph=False)
-    return jax.tree.leaves(step(model, x)), model
-
-
-def one_layer_in_two_blocks(norm, x):
-    first, second = Block(nnx.Rngs(0), norm), Block(nnx.Rngs(1), norm)
-    second.linear = first.linear
-    model = nnx.Sequential(first, second)
-    return nnx.jit(nnx.grad(squares))(model, x), model
-
-
-def train_and_evaluate_by_views(norm, x):
-    model = Block(nnx.Rngs(0), norm)
-    evaluated = nnx.view(model, use_running_average=True)
-    before = evaluated(x)
-    nnx.jit(lambda model, x: model(x))(model, x)
-    return before, evaluated(x), model
-
-
-def split_and_called(norm, x):
-    graph, params, statistics = nnx.split(Block(nnx.Rngs(0), norm), nnx.Param, nnx.BatchStat)
-    assert set(params) == {"linear", "norm"}
-    assert set(statistics["norm"]) == {"mean", "var"}
-    return nnx.call((graph, params, statistics))(x)[0], nnx.merge(graph, params, statistics)
-
-
-PROGRAMS = {
-    "ensemble": ensemble,
-    "lanes of one model": lanes_of_one_model,
-    "axes of each variable": axes_of_each_variable,
-    "scan, statistics carried": scan_over_layers(nnx.Carry),
-    "scan, statistics read": scan_over_layers(None),
-    "tree mode": step_in_tree_mode,
-    "one layer in two blocks": one_layer_in_two_blocks,
-    "views": train_and_evaluate_by_views,
-    "split and call": split_and_called,
-}
-
-
-def arrays(results):
-    """Every array of nested results, modules by their state."""
-    return [
-        leaf
-        for result in (results if isinstance(results, tuple) else (results,))
-        for leaf in jax.tree.leaves(nnx.to_pure_dict(nnx.state(result)) if isinstance(result, nnx.Module) else result)
-    ]
-
-
-@pytest.mark.standard_promotion
-@pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
-def test_nnx_programs_give_what_flax_gives(rng, program):
-    both_programs = compiled(lambda x: [arrays(program(norm, x)) for norm in both("nnx")])
-    for a, e in zip(*both_programs(normal(rng, 8, 3)), strict=True):
-        assert_close(a, e, condition=10)
-
-
-@pytest.mark.standard_promotion
-def test_a_step_on_mutable_arrays_gives_what_flax_gives(rng):
-    """Mutable arrays are made outside of jit."""
-
-    def step_on_mutable_arrays(norm, x):
-        with nnx.var_defaults(hijax=True):
-            model = Block(nnx.Rngs(0), norm)
-
-        @compiled
-        def step(x):
-            graph, params, rest = nnx.split(model, nnx.Param, ...)
-            gradient = jax.grad(lambda params: squares(nnx.merge(graph, params, rest), x))
-            return jax.tree.leaves(gradient(nnx.with_vars(params, hijax=False)))
-
-        return step(x), model
-
-    x = normal(rng, 8, 3)
-    for a, e in zip(*(arrays(step_on_mutable_arrays(norm, x)) for norm in both("nnx")), strict=True):
-        assert_close(a, e, condition=10)
-
-
-@pytest.mark.standard_promotion
-def test_bridges_between_linen_and_nnx_give_what_flax_gives(rng):
-    x, results = normal(rng, 6, 3), []
-    for norm in both("linen"):
-        module = bridge.ToNNX(norm(use_running_average=False, momentum=0.5), rngs=nnx.Rngs(0))
-        bridge.lazy_init(module, x)
-        results.append((module(x, mutable=["batch_stats"]), nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))))
-    assert_trees_close(*results)
-    results = []
-    for norm in both("nnx"):
-        module = bridge.to_linen(norm, 3, momentum=0.5)
-        variables = module.init(KEY, x)
-        assert {"params", "batch_stats"} <= set(variables)
-        out, updated = module.apply(variables, x, mutable=["batch_stats"])
-        results.append((out, jax.tree.leaves(updated["batch_stats"])))
-    assert_trees_close(*results)

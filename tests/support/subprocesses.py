@@ -1,0 +1,15 @@
+"""Child processes that are waited for, and the command that trains a small network in one."""
+
+TIME_LIMIT = 300
+"""Seconds after which a process that waits for another in vain is ended."""
+SMALL = ("-m", "support.small_network", "train", "--batch-size", 16)
+
+
+def finished(started):
+    """Exit status and output of each process; none is left behind."""
+    try:
+        outputs = [process.communicate(timeout=TIME_LIMIT)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [(process.returncode, output) for process, output in zip(started, outputs, strict=True)]
