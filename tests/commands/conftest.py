@@ -57,7 +57,7 @@ def command():
 
 
 @pytest.fixture(scope="session")
-def start():
+def start(tmp_path_factory):
     """A function that starts Python with one CPU device, for what it prints to be read.
 
     They compile without optimizations, which is most of their time.
@@ -67,6 +67,8 @@ def start():
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(Path(__file__).parents[1]),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        # Of their own, since a process that is killed may leave half an entry.
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
     }
 
     def started(*arguments):

@@ -1,4 +1,4 @@
-"""What all commands share: how they start, and how they end when a reader, an extra or a person goes away."""
+"""How all commands start, and how they end when a pipe closes, an extra is missing, or the user interrupts them."""
 
 import os
 import runpy

@@ -114,6 +114,8 @@ OPTIONS = {
         jitted(norm(), train=True), TypeError, "train", "is traced", "jax.jit(..., static_argnames='train')"
     ),
     "epsilon 0": Refused(norm(epsilon=0.0), ValueError, "epsilon", "is 0.0", "a positive number that float32 can hold"),
+    "epsilon negative": Refused(norm(epsilon=-1e-5), ValueError, "epsilon", "is -1e-05", "a positive number"),
+    "epsilon too large": Refused(norm(epsilon=1e39), ValueError, "epsilon", "is 1e+39", "that float32 can hold"),
     "epsilon nan": Refused(normalize(epsilon=float("nan")), ValueError, "epsilon", "is nan", "a positive number"),
     "epsilon infinite": Refused(norm(epsilon=float("inf")), ValueError, "epsilon", "is inf", "that float32 can hold"),
     "epsilon too small": Refused(norm(epsilon=1e-50), ValueError, "epsilon", "is 1e-50", "that float32 can hold"),

@@ -152,7 +152,7 @@ def test_state_and_result_keep_their_dtypes(x64):
                     assert [leaf.dtype for leaf in new_state] == [leaf.dtype for leaf in state]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_no_scale_and_no_bias_are_ones_and_zeros(rng, dtype):
     x, cotangent = (jnp.asarray(rng.normal(size=(5, 4, 3))).astype(dtype) for _ in range(2))
     ones, state = jbn.init(3)
@@ -163,6 +163,7 @@ def test_no_scale_and_no_bias_are_ones_and_zeros(rng, dtype):
             out, backward = jax.vjp(lambda x: jbn.batch_norm(params, state, x, train)[0], x)
             return out, *backward(cotangent)
 
+        assert passes(ones, x)[0].dtype == dtype
         assert_same(passes(jbn.Params(None, None), x), passes(ones, x))
 
 

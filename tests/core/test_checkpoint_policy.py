@@ -1,4 +1,4 @@
-"""Under jax.checkpoint with jbn's policy: what is kept, and that nothing dear runs twice."""
+"""Under jax.checkpoint with jbn's policy: what is kept, and that nothing expensive runs twice."""
 
 import collections
 import functools
@@ -11,7 +11,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 import jbn
 
-DEAR = ("conv_general_dilated", "dot_general", "reduce_sum", "psum", "psum_invariant", "all_gather")
+EXPENSIVE = ("conv_general_dilated", "dot_general", "reduce_sum", "psum", "psum_invariant", "all_gather")
 PARAMS, STATE = jbn.init(4)
 X = jnp.ones((8, 6, 6, 4))
 KERNELS = jnp.ones((2, 3, 3, 4, 4))
@@ -37,8 +37,8 @@ def checkpointed(block):
 
 
 def counted(program):
-    """How often each dear primitive stands in a program, everything that it calls included."""
-    found = collections.Counter(e.primitive.name for e in program.eqns if e.primitive.name in DEAR)
+    """How often each expensive primitive stands in a program, everything that it calls included."""
+    found = collections.Counter(e.primitive.name for e in program.eqns if e.primitive.name in EXPENSIVE)
     for equation in program.eqns:
         for value in equation.params.values():
             if hasattr(inner := getattr(value, "jaxpr", value), "eqns"):
@@ -50,7 +50,7 @@ def gradient(block):
     return jax.grad(functools.partial(loss, block), argnums=(0, 1), has_aux=True)
 
 
-def test_nothing_dear_runs_twice():
+def test_nothing_expensive_runs_twice():
     plain, under = (counted(jax.make_jaxpr(gradient(b))(KERNELS, X).jaxpr) for b in (block, checkpointed(block)))
     assert plain["conv_general_dilated"] == 6
     assert under == plain
@@ -70,9 +70,9 @@ def test_no_collective_runs_twice():
         return counted(jax.make_jaxpr(sharded)(KERNELS, X).jaxpr)
 
     plain, under, everything = map(program, (shared, checkpointed(shared), jax.checkpoint(shared)))
-    assert sum(plain[name] for name in DEAR[3:]) >= 4
+    assert sum(plain[name] for name in EXPENSIVE[3:]) >= 4
     assert under == plain
-    assert sum(everything[name] for name in DEAR[3:]) > sum(plain[name] for name in DEAR[3:])
+    assert sum(everything[name] for name in EXPENSIVE[3:]) > sum(plain[name] for name in EXPENSIVE[3:])
 
 
 def test_outputs_of_activations_are_not_kept(capsys):
@@ -84,7 +84,7 @@ def test_outputs_of_activations_are_not_kept(capsys):
     assert not any("_activation" in line for line in kept(checkpointed(block)))
 
 
-def assert_same(ours, right):
+def assert_close_to_largest(ours, right):
     for a, e in zip(jax.tree.leaves(ours), jax.tree.leaves(right), strict=True):
         assert float(jnp.max(jnp.abs(a - e))) <= 1e-5 * float(jnp.max(jnp.abs(e)))
 
@@ -93,4 +93,4 @@ def test_numbers_are_the_same_under_the_policy(rng):
     x = jnp.asarray(rng.normal(2, 3, X.shape), jnp.float32)
     kernels = jnp.asarray(rng.normal(size=KERNELS.shape), jnp.float32)
     plain, under = (jax.jit(gradient(b))(kernels, x) for b in (block, checkpointed(block)))
-    assert_same(under, plain)
+    assert_close_to_largest(under, plain)

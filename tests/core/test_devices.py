@@ -21,7 +21,7 @@ def test_shared_statistics_with_a_mask_equal_those_of_the_whole_batch(rng, case)
     assert_each_batch_is_whole(rng, case, "float32", [("an empty part", 1e4), ("uneven", 3), ("nothing", 3)])
 
 
-@each("shard_map", "pmap, two axes", "jit, explicit sharding, relu")
+@each("shard_map", "shard_map, uneven groups", "vmap", "pmap, two axes", "jit, explicit sharding, relu")
 def test_shared_statistics_without_a_mask_equal_those_of_the_whole_batch(rng, case):
     assert_each_batch_is_whole(rng, case, "float32", [("all", 1e4), ("all", 3)])
 

@@ -12,13 +12,14 @@ from support.tolerances import assert_close, assert_rounded
 import jbn
 
 
-@pytest.mark.parametrize(("dtype", "masked"), [("float32", True), ("float64", False)])
-def test_output_statistics_and_gradients_of_every_layout(x64, rng, dtype, masked):
-    for shape, feature_axis in LAYOUTS if masked else LAYOUTS[::4]:
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_output_statistics_and_gradients_of_every_layout(x64, rng, dtype):
+    """Every other one with a mask; in float64 every fourth."""
+    for number, (shape, feature_axis) in enumerate(LAYOUTS if dtype == "float32" else LAYOUTS[::4]):
         x, cotangent = (rng.normal(size=shape).astype(dtype) * 2 + 3 for _ in range(2))
         feature = reference.feature_axes(feature_axis, x.ndim)
         features = tuple(shape[axis] for axis in feature)
-        mask = rng.random([n for axis, n in enumerate(shape) if axis not in feature]) < 0.7 if masked else None
+        mask = rng.random([n for axis, n in enumerate(shape) if axis not in feature]) < 0.7 if number % 2 else None
         params = jbn.Params(*(rng.normal(size=features).astype(dtype) for _ in range(2)))
         expected = reference.batch_norm(x, *params, cotangent, feature_axis=feature_axis, mask=mask)
         _, state = jbn.init(features, dtype)

@@ -1,6 +1,7 @@
 """How often and how much a norm over many devices sends, read off programs that are compiled for CPU devices."""
 
 import functools
+import math
 import re
 
 import flax.linen as nn
@@ -11,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from studies import shared_cost
-from support.sent import LAYERS, flax_layer, jbn_layer, sent, sent_by_network
+from support.sent import FEATURES, LAYERS, flax_layer, jbn_layer, sent, sent_by_network
 from support.tolerances import assert_close
 from support.transforms import devices_of
 
@@ -54,9 +55,12 @@ def test_what_is_sent_does_not_grow_with_the_batch(axis_name, cut, masked):
 
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
 def test_ghost_batches_send_running_statistics_alone(masked):
-    """They gather nothing, which `sent` would refuse, and their derivative is within each device."""
+    """Vectors of the features, however many ghost batches there are; their derivative is within each device."""
     found = sent_by_network(functools.partial(jbn_layer, ghost_batch_size=2), None, "examples", masked)
-    assert found.forward
+    sizes = [
+        math.prod(map(int, shape.split(","))) for sums in found.forward for shape in re.findall(r"\[([\d,]+)\]", sums)
+    ]
+    assert 0 < max(sizes) <= FEATURES
     assert not found.backward
 
 

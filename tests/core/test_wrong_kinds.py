@@ -22,6 +22,10 @@ KINDS = {
     "a list": [1.0, 2.0],
     "a ragged list": [[1.0], [2.0, 3.0]],
     "a dict": {"a": 1},
+    "a set": {1, 2},
+    "texts": np.array(["a", "b", "c"]),
+    "a complex": 1j,
+    "a type": list,
     "objects": np.array([1.0, None, 2.0]),
     "an int": 3,
     "a negative int": -5,
@@ -32,6 +36,7 @@ KINDS = {
     "a shape": jax.ShapeDtypeStruct((3,), jnp.float32),
     "a function": lambda *_: None,
     "a state": STATE,
+    "params": PARAMS,
     "nothing": (),
 }
 

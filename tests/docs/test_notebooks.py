@@ -1,4 +1,4 @@
-"""The notebooks run, in silence about this machine, and show what their committed outputs show."""
+"""The notebooks run, without naming this machine, and show what their committed outputs show."""
 
 import base64
 import itertools

@@ -46,7 +46,9 @@ def test_every_example_stands_beside_what_it_prints():
 def printed_by_a_new_process(code):
     """For code that must come before jax is first used."""
     environment = {**os.environ, "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True).stdout
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
 
 
 @pytest.mark.standard_promotion

@@ -121,7 +121,8 @@ def distances_to_two_passes(framework, dtype, seed=0):
 
 
 @pytest.mark.slow
-def test_training_steps_round_like_those_of_flax_in_bfloat16():
+@pytest.mark.parametrize(("framework", "dtype"), [("linen", "bfloat16"), ("nnx", "float32")])
+def test_training_steps_round_like_those_of_flax(framework, dtype):
     """As far from Flax's two passes in float32 as Flax's default formula is, within a factor of four.
 
     That is for loss, statistics and gradients in the mean of the steps about 1e-7, 2e-7 and 2e-6 in float32, 1e-3, 1e-3
@@ -132,7 +133,7 @@ def test_training_steps_round_like_those_of_flax_in_bfloat16():
     The activation is smooth, since relu's slope jumps: one value in its last layer that rounding moved from 0 to 6e-8
     changed a gradient by 2e-1 of its norm.
     """
-    of_ours, of_theirs = distances_to_two_passes("linen", "bfloat16")
+    of_ours, of_theirs = distances_to_two_passes(framework, dtype)
     assert np.all(np.array(of_ours) <= 4 * np.array(of_theirs)), (of_ours, of_theirs)
 
 

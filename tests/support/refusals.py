@@ -61,10 +61,10 @@ def faults(call, error, parts):
     """What is wrong with the way in which a call fails."""
     try:
         call()
-    except error as raised:
-        return [f"{part!r} is not in: {raised}" for part in parts if part not in str(raised)]
     except Exception as raised:
-        return [f"expected {error.__name__}, got {raised!r}"]
+        if type(raised) is not error:
+            return [f"expected {error.__name__}, got {raised!r}"]
+        return [f"{part!r} is not in: {raised}" for part in parts if part not in str(raised)]
     return ["nothing is raised"]
 
 

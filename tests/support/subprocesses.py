@@ -1,7 +1,7 @@
 """Child processes that are waited for, and the command that trains a small network in one."""
 
 TIME_LIMIT = 300
-"""Seconds after which a process that waits for another in vain is ended."""
+"""Seconds after which a process is ended that still waits for another."""
 SMALL = ("-m", "support.small_network", "train", "--batch-size", 16)
 
 
