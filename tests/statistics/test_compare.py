@@ -48,6 +48,7 @@ def test_tables_are_plain_data_and_print_well():
     assert lines[-1] == "... and 10 more"
     assert len({len(line) for line in lines[:-1]}) == 1
     assert table.text(rows=2).count("\n") == 3
+    assert table.text(rows=30).count("\n") == 30, "a heading and all rows, and no line that says that 0 more follow"
 
 
 REFUSED = {
