@@ -29,6 +29,7 @@ def test_health_finds_each_planted_fault():
         "dead": good._replace(var=jnp.array([0.0, 1e-12, 2.0])),
         "behind": good._replace(count=jnp.int32(20)),
         "untouched": jbn.init(3)[1]._replace(count=jnp.int32(50)),
+        "one mean of 0": good._replace(mean=jnp.array([0.0, 0.5, 0.5]), var=jnp.ones(3)),
         "no var": {"mean": good.mean, "count": good.count},
         "no count": {"mean": good.mean, "var": good.var},
     }
