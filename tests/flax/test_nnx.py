@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from support import reference
+from support.nnx_norms import applied, arrays, assert_states_close, images, made
 from support.refusals import Refused, assert_refused
 from support.tolerances import assert_close
 
@@ -26,28 +27,6 @@ OPTIONS = {
     "drawn parameters": {"scale_init": nnx.initializers.normal(), "bias_init": nnx.initializers.normal()},
     "metadata": {"scale_metadata": {"tag": "s"}, "bias_metadata": {"tag": "b"}},
 }
-
-
-def images(rng, batch=6):
-    return (rng.normal(size=(batch, 3, 3)) * 2 + 1).astype(np.float32)
-
-
-def made(module, **options):
-    return module.BatchNorm(**{"num_features": 3, "rngs": nnx.Rngs(0), **options})
-
-
-@nnx.jit
-def applied(model, x):
-    return model(x)
-
-
-def arrays(model):
-    return nnx.to_pure_dict(nnx.state(model))
-
-
-def assert_states_close(actual, expected, **bounds):
-    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        assert_close(a, e, **bounds)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

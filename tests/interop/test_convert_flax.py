@@ -9,18 +9,13 @@ from flax import nnx
 from support.compilation import compiled
 from support.conversion import drawn
 from support.refusals import Refused, assert_refused
-from support.tolerances import assert_close
+from support.tolerances import assert_close, assert_same_trees
 
 import jbn
 from jbn.convert import from_linen, from_nnx, join, split, to_linen
 
 TWO = np.ones(2, np.float32)
 BOXED = nn.Partitioned(TWO, ("model",))
-
-
-def assert_trees_equal(actual, expected):
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 class LinenNet(nn.Module):
@@ -49,7 +44,7 @@ def test_norms_of_a_linen_model_are_taken_out_and_put_back(rng):
         for path, _ in jax.tree_util.tree_leaves_with_path(rest)
     }
     assert kept == {"params/Dense_0", "params/Dense_1", "params/LayerNorm_0", "cache/step"}
-    assert_trees_equal(join(norms, rest, "linen"), variables)
+    assert_same_trees(join(norms, rest, "linen"), variables)
     counted = join(norms, rest, "linen", with_count=True)["batch_stats"]["BatchNorm_0"]
     assert int(counted["count"]) == 7
     x = drawn(rng, 6, 5)
@@ -77,7 +72,7 @@ def test_norms_that_linen_scans_over_have_a_first_axis_of_layers(rng):
     _, state = norms["norm"]
     assert state.mean.shape == (3, 4)
     assert state.count.shape == (3,)
-    assert_trees_equal(join(norms, rest, "linen"), variables)
+    assert_same_trees(join(norms, rest, "linen"), variables)
     counted, _ = split(variables, "linen", count=9)
     np.testing.assert_array_equal(counted["norm"][1].count, np.full(3, 9))
 
@@ -118,7 +113,7 @@ def test_norms_in_an_nnx_dict_keep_keys_that_look_like_numbers():
     model, other = (nnx.Dict({"0": nnx.BatchNorm(2, rngs=nnx.Rngs(0))}) for _ in range(2))
     model["0"].mean[...] = jnp.array([1.0, 2.0])
     nnx.update(other, join(*split(nnx.state(model), "nnx"), "nnx"))
-    assert_trees_equal(nnx.to_pure_dict(nnx.state(other)), nnx.to_pure_dict(nnx.state(model)))
+    assert_same_trees(nnx.to_pure_dict(nnx.state(other)), nnx.to_pure_dict(nnx.state(model)))
 
 
 def test_linen_modules_that_only_have_a_mean_are_left_alone():
@@ -137,7 +132,7 @@ def test_boxes_of_flax_are_refused_until_they_are_taken_out():
 
 def test_linen_variables_convert_inside_jit():
     norm = jbn.init(2)
-    assert_trees_equal(jax.jit(from_linen)(to_linen(*norm, with_count=True)), norm)
+    assert_same_trees(jax.jit(from_linen)(to_linen(*norm, with_count=True)), norm)
 
 
 REFUSED = {

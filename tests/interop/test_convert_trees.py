@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 from support.refusals import Refused, assert_refused
+from support.tolerances import assert_same_trees
 
 import jbn
 from jbn.convert import from_torch, join, split
@@ -35,14 +36,9 @@ def without_counts(tree):
     }
 
 
-def assert_trees_equal(actual, expected, case):
-    assert jax.tree.structure(actual) == jax.tree.structure(expected), case
-    jax.tree.map(lambda a, e: np.testing.assert_array_equal(a, e, err_msg=case), actual, expected)
-
-
 def test_mappings_come_back_nested_as_they_were():
     for case, (library, tree) in NESTED.items():
-        assert_trees_equal(without_counts(join(*split(tree, library), library)), tree, case)
+        assert_same_trees(without_counts(join(*split(tree, library), library)), tree, case)
 
 
 def test_what_is_given_stays_as_it_was():
@@ -54,8 +50,8 @@ def test_what_is_given_stays_as_it_was():
     norms, rest = split(tree, "linen")
     kept = jax.tree.map(np.copy, rest)
     join(norms, rest, "linen")["params"]["dense"]["kernel"] = None
-    assert_trees_equal(tree, copy, "split")
-    assert_trees_equal(rest, kept, "join")
+    assert_same_trees(tree, copy, "split")
+    assert_same_trees(rest, kept, "join")
 
 
 WRONG = {

@@ -9,6 +9,7 @@ import pytest
 from flax import linen as nn
 from support.compilation import compiled
 from support.conversion import assert_same_prediction
+from support.folded import far_from_its_start, normal
 from support.refusals import Refused, assert_refused, partly
 from support.tolerances import UNIT, allowed
 
@@ -30,17 +31,6 @@ LAYERS = {
 }
 
 
-def normal(rng, *shape):
-    return rng.normal(size=shape).astype(np.float32)
-
-
-def drawn(rng, features, scale=True, bias=True):
-    """A norm that is far from its start."""
-    params = jbn.Params(*(normal(rng, *features) if wanted else None for wanted in (scale, bias)))
-    var = rng.uniform(0.1, 5, size=features).astype(np.float32)
-    return params, jbn.State(normal(rng, *features), var, jnp.int32(0))
-
-
 @pytest.mark.standard_promotion
 @pytest.mark.parametrize("use_bias", [True, False])
 def test_a_folded_layer_predicts_what_layer_and_norm_do(rng, use_bias):
@@ -48,7 +38,7 @@ def test_a_folded_layer_predicts_what_layer_and_norm_do(rng, use_bias):
     for name, (_, shape, kernel_shape) in LAYERS.items():
         features = (3, 2) if name == "dense over heads" else kernel_shape[-1:]
         bias = normal(rng, *features) if use_bias else None
-        cases[name] = normal(rng, *shape), normal(rng, *kernel_shape), bias, drawn(rng, features)
+        cases[name] = normal(rng, *shape), normal(rng, *kernel_shape), bias, far_from_its_start(rng, features)
 
     @compiled
     def both(cases):
@@ -70,7 +60,7 @@ def test_a_folded_layer_predicts_what_layer_and_norm_do(rng, use_bias):
 
 def test_norms_without_scale_or_bias_are_folded(rng):
     x, kernel = normal(rng, 5, 4), normal(rng, 4, 3)
-    cases = {case: drawn(rng, (3,), *case) for case in ((False, True), (True, False), (False, False))}
+    cases = {case: far_from_its_start(rng, (3,), *case) for case in ((False, True), (True, False), (False, False))}
 
     @compiled
     def both(norms):
@@ -86,7 +76,7 @@ def test_norms_without_scale_or_bias_are_folded(rng):
 
 def test_the_output_features_may_lie_on_any_axis_of_the_kernel(rng):
     sizes = {"O": 5, "I": 4, "H": 3, "W": 2}
-    x, norm = normal(rng, 2, 4, 6, 7), drawn(rng, (5,))
+    x, norm = normal(rng, 2, 4, 6, 7), far_from_its_start(rng, (5,))
     axes = {"OIHW": (0,), "HWIO": (-1, 3), "IOHW": (1,), "OHWI": (-4,)}
     kernels = {layout: normal(rng, *(sizes[letter] for letter in layout)) for layout in axes}
 
@@ -126,7 +116,7 @@ def test_a_depthwise_kernel_has_its_features_on_two_axes(rng):
         return jnp.einsum("nc,cm->ncm", x, kernel[0, 0])
 
     arrays = normal(rng, 7, 6), normal(rng, 1, 1, 6, 2), normal(rng, 6, 2)
-    assert_same_prediction(*folded_and_not(layer, drawn(rng, (6, 2)), *arrays, output_axis=(-2, -1)))
+    assert_same_prediction(*folded_and_not(layer, far_from_its_start(rng, (6, 2)), *arrays, output_axis=(-2, -1)))
 
 
 def test_a_grouped_transposed_kernel_has_its_features_on_two_axes(rng):
@@ -136,13 +126,13 @@ def test_a_grouped_transposed_kernel_has_its_features_on_two_axes(rng):
         return jnp.einsum("ngi,gio->ngo", x, kernel[..., 0, 0])
 
     arrays = normal(rng, 7, 2, 4), normal(rng, 2, 4, 3, 1, 1), normal(rng, 2, 3)
-    assert_same_prediction(*folded_and_not(layer, drawn(rng, (2, 3)), *arrays, output_axis=(0, 2)))
+    assert_same_prediction(*folded_and_not(layer, far_from_its_start(rng, (2, 3)), *arrays, output_axis=(0, 2)))
 
 
 @pytest.mark.cpu
 @pytest.mark.standard_promotion
 def test_a_folded_program_has_no_trace_of_the_norm(rng):
-    x, norm = normal(rng, 2, 9, 8, 4), drawn(rng, (6,))
+    x, norm = normal(rng, 2, 9, 8, 4), far_from_its_start(rng, (6,))
     conv = nn.Conv(6, (3, 3))
     weights = {"kernel": normal(rng, 3, 3, 4, 6), "bias": normal(rng, 6)}
     kernel, bias = jbn.fold(*norm, **weights)
@@ -165,7 +155,7 @@ def test_a_folded_program_has_no_trace_of_the_norm(rng):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_kernels_are_folded_in_float32(rng, dtype):
     kernel = jnp.asarray(normal(rng, 4, 3), dtype)
-    norm = drawn(rng, (3,))
+    norm = far_from_its_start(rng, (3,))
     folded, bias = jbn.fold(*norm, kernel)
     exact, exact_bias = jbn.fold(*norm, kernel.astype(jnp.float32))
     assert folded.dtype == bias.dtype == dtype
@@ -174,7 +164,7 @@ def test_half_precision_kernels_are_folded_in_float32(rng, dtype):
 
 
 def test_fold_is_differentiable_inside_jit(rng):
-    norm = drawn(rng, (3,))
+    norm = far_from_its_start(rng, (3,))
     gradient = jax.jit(jax.grad(lambda kernel: jnp.sum(jbn.fold(*norm, kernel)[0])))(jnp.ones((4, 3)))
     slope = norm[0].scale / np.sqrt(norm[1].var + 1e-5)
     np.testing.assert_allclose(gradient, np.broadcast_to(slope, (4, 3)), rtol=allowed("float32"))

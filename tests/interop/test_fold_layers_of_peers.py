@@ -6,15 +6,12 @@ import pytest
 from flax import linen
 from support.compilation import compiled
 from support.conversion import assert_same_prediction
+from support.folded import far_from_its_start, normal
 
 import jbn
 
 pytestmark = pytest.mark.standard_promotion
 KEY = jax.random.key(0)
-
-
-def normal(rng, *shape):
-    return rng.normal(size=shape).astype(np.float32)
 
 
 def keras_layer(name, **options):
@@ -82,12 +79,6 @@ LAYERS = {
 }
 
 
-def drawn(rng, features):
-    """A norm that is far from its start."""
-    var = rng.uniform(0.1, 5, size=features).astype(np.float32)
-    return jbn.Params(normal(rng, features), normal(rng, features)), jbn.State(normal(rng, features), var, np.int32(0))
-
-
 def reshaped(vectors, shape):
     return jax.tree.map(lambda leaf: leaf.reshape(shape) if np.ndim(leaf) else leaf, vectors)
 
@@ -104,7 +95,7 @@ def test_a_folded_layer_predicts_what_layer_and_norm_do(rng, name):
     shapes, run = make()
     x = normal(rng, 2, 5, 5, 6)
     kernel, bias = (normal(rng, *shape) for shape in shapes)
-    norm = drawn(rng, bias.size)
+    norm = far_from_its_start(rng, bias.size)
     expected = jbn.normalize(*norm, np.asarray(run(x, kernel, bias)))
     vectors = (*norm, bias) if features is None else reshaped((*norm, bias), features)
     folded = jbn.fold(*vectors[:2], kernel, vectors[2], output_axis=axis)
@@ -116,7 +107,7 @@ def test_a_folded_grouped_and_transposed_layer_of_torch_predicts_what_layer_and_
     shapes, run = torch_layer(groups=2)
     x = normal(rng, 2, 5, 5, 6)
     kernel, bias = (normal(rng, *shape) for shape in shapes)
-    norm = drawn(rng, 6)
+    norm = far_from_its_start(rng, 6)
     expected = jbn.normalize(*norm, run(x, kernel, bias))
     params, state, split_bias = reshaped((*norm, bias), (2, 3))
     folded, shift = jbn.fold(params, state, kernel.reshape(2, 3, 3, 3, 3), split_bias, output_axis=(0, 2))

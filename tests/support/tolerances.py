@@ -31,11 +31,17 @@ def assert_rounded(actual, expected, dtype: str, statistics: float = 1e-5) -> No
     np.testing.assert_allclose(actual, expected, rtol=UNIT[dtype] + statistics, atol=statistics)
 
 
-def assert_same(actual, expected) -> None:
+def assert_same_trees(actual, expected, case: str = "") -> None:
+    """Trees of one structure, and each leaf bit for bit and of the same dtype."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected), case
+    assert_same(actual, expected, case)
+
+
+def assert_same(actual, expected, case: str = "") -> None:
     """Each leaf bit for bit, and of the same dtype."""
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        assert a.dtype == e.dtype, (a.dtype, e.dtype)
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(e))
+        assert np.asarray(a).dtype == np.asarray(e).dtype, (case, a, e)
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(e), err_msg=case)
 
 
 def assert_moments(actual, expected, x, dtype: str = "float32") -> None:
