@@ -4,15 +4,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jbn import convert, momentum, renorm
-from jbn._batch_norm import batch_norm
-from jbn._batch_renorm import batch_renorm
-from jbn._calibrate import calibrate
-from jbn._checkpoint_policy import checkpoint_policy
+from jbn._core.batch_norm import batch_norm, normalize
+from jbn._core.batch_renorm import batch_renorm
+from jbn._core.checkpoint_policy import checkpoint_policy
+from jbn._core.moments import Moments, merge, moments
+from jbn._core.state import Params, State, init, update
 from jbn._fold import fold
-from jbn._merge_states import merge_states
-from jbn._moments import Moments, merge, moments
-from jbn._normalize import normalize
-from jbn._state import Params, State, init, unset, update
+from jbn._statistics.calibrate import calibrate
+from jbn._statistics.merge_states import merge_states
+from jbn._statistics.unset import unset
+from jbn._statistics.upgrade import upgrade
 
 if TYPE_CHECKING:
     from jbn import checkpoint, diagnostics, linen, nnx, plot
@@ -44,6 +45,7 @@ __all__ = [
     "renorm",
     "unset",
     "update",
+    "upgrade",
 ]
 
 _WHEN_TOUCHED = ("checkpoint", "diagnostics", "linen", "nnx", "plot")

@@ -2,6 +2,6 @@
 
 import sys
 
-from jbn.cli import main
+from jbn.cli.main import main
 
 sys.exit(main())

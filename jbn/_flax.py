@@ -5,9 +5,9 @@ from typing import Any
 import jax
 
 from jbn import _arguments
-from jbn._batch_norm import batch_norm
-from jbn._batch_renorm import batch_renorm
-from jbn._state import Params, State
+from jbn._core.batch_norm import batch_norm
+from jbn._core.batch_renorm import batch_renorm
+from jbn._core.state import Params, State
 
 BOUNDS = ("r_max", "d_max")
 NOT_NEEDED = {
@@ -48,11 +48,10 @@ def apply(
     module: Any,
     params: Params,
     state: State,
-    x: jax.Array,
+    inputs: dict[str, Any],
     train: bool,
-    *,
-    mask: Any,
     dtype: Any,
+    *,
     initializing: bool = False,
 ) -> tuple[jax.Array, State]:
     """`batch_norm`, or `batch_renorm` where it has bounds, with the options that a module holds as attributes.
@@ -64,6 +63,7 @@ def apply(
     if not initializing:
         names = ("axis_name", "axis_index_groups", "ghost_batch_size")
         optional.update({name: getattr(module, name) for name in names})
+    x = inputs["x"]
     axes = _arguments.checked_axes(module.axis, x.ndim, "axis")
     check_shapes(module, x, axes.features(x.shape), mean=state.mean, var=state.var, **params._asdict())
     for name in ("mean", "var"):
@@ -71,15 +71,14 @@ def apply(
     return call(
         params,
         state,
-        x,
-        train and not (initializing and not axes.reduced),
+        train=train and not (initializing and not axes.reduced),
         momentum=module.momentum,
         epsilon=module.epsilon,
         feature_axis=module.axis,
-        mask=mask,
         running_var=module.running_var,
         activation=module.activation,
         dtype=dtype,
+        **inputs,
         **optional,
     )
 

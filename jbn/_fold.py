@@ -8,9 +8,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jbn import _arguments
-from jbn._precision import arithmetic_dtype
-from jbn._standardize import reciprocal_deviation
-from jbn._state import Params, State
+from jbn._core.standardize import reciprocal_deviation
+from jbn._core.state import Params, State
 
 
 def fold(
@@ -70,12 +69,11 @@ def fold(
     for name, value, kind in (("params", params, Params), ("state", state, State)):
         _arguments.check_type(name, value, kind)
         _arguments.check_vectors(name, value, features, why)
-    _arguments.check_state_dtype(state)
     bias = jnp.zeros(features, kernel.dtype) if bias is None else _float_array("bias", bias)
     if bias.shape != features:
         raise ValueError(f"`bias` has shape {bias.shape}: expected {features}, {why}.")
 
-    dtype = arithmetic_dtype(kernel)
+    dtype = _arguments.arithmetic_dtype(kernel.dtype)
     mean, var, old = (jnp.asarray(vector).astype(dtype) for vector in (state.mean, state.var, bias))
     slope = reciprocal_deviation(var, _arguments.checked_epsilon(epsilon))
     if params.scale is not None:

@@ -9,9 +9,10 @@ from flax import linen as nn
 from flax.linen.dtypes import canonicalize_dtype
 from jax.typing import ArrayLike
 
-from jbn import _batch_renorm, _flax
-from jbn._collectives import AxisName, IndexGroups
-from jbn._state import Params, State
+from jbn import _flax
+from jbn._arguments import AxisName, IndexGroups
+from jbn._core.batch_renorm import PUBLISHED_D_MAX, PUBLISHED_R_MAX
+from jbn._core.state import Params, State
 from jbn.momentum import Schedule
 
 
@@ -85,15 +86,21 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: ArrayLike, use_running_average: bool | None = None, *, mask: ArrayLike | None = None
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        mask: ArrayLike | None = None,
+        shortcut: ArrayLike | None = None,
     ) -> jax.Array:
         """Normalize x, and update `batch_stats` by its statistics unless they are used.
 
         Args:
             x: float32, float64, bfloat16 or float16 array.
             use_running_average: True normalizes by the running statistics; here or at construction.
-            mask: boolean, True counts; the shape of x without its feature axes (an axis may be 1), or of x with
-                them 1. Masked values change nothing and come out as 0.
+            mask: boolean, True counts; the shape of x without its feature axes, or of the rank of x; any axis may be
+                1. Masked values change nothing and come out as 0.
+            shortcut: array of the shape of x, added before the activation: the join of a residual block.
 
         Returns:
             The result, of the shape of x.
@@ -112,17 +119,16 @@ class BatchNorm(nn.Module):
             self._check_count()
         mean = self.variable("batch_stats", "mean", jnp.zeros, features, jnp.float32)
         var = self.variable("batch_stats", "var", jnp.ones, features, jnp.float32)
-        count = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32) if counted else None
+        count = self.variable("batch_stats", "count", jnp.zeros, features, jnp.float32) if counted else None
         # Before Flax looks at the parameters' shapes, since it speaks of their initializers.
         _flax.check_shapes(self, x, features, mean=mean.value, var=var.value)
         scale = self.param("scale", self.scale_init, features, self.param_dtype) if self.use_scale else None
         bias = self.param("bias", self.bias_init, features, self.param_dtype) if self.use_bias else None
         promoted = [x, *(param for param in (scale, bias) if param is not None)]
         dtype = canonicalize_dtype(*promoted, dtype=self.dtype)
-        state = State(mean.value, var.value, jnp.zeros((), jnp.int32) if count is None else count.value)
-        out, new_state = _flax.apply(
-            self, Params(scale, bias), state, x, train, mask=mask, dtype=dtype, initializing=initializing
-        )
+        state = State(mean.value, var.value, None if count is None else count.value)
+        inputs = {"x": x, "mask": mask, "shortcut": shortcut}
+        out, new_state = _flax.apply(self, Params(scale, bias), state, inputs, train, dtype, initializing=initializing)
         if train and not initializing:
             mean.value, var.value = new_state.mean, new_state.var
             if count is not None:
@@ -165,5 +171,5 @@ class BatchRenorm(BatchNorm):
         Ioffe, Batch Renormalization, 2017; see `jbn.batch_renorm`.
     """
 
-    r_max: float | Schedule = _batch_renorm.PUBLISHED_R_MAX
-    d_max: float | Schedule = _batch_renorm.PUBLISHED_D_MAX
+    r_max: float | Schedule = PUBLISHED_R_MAX
+    d_max: float | Schedule = PUBLISHED_D_MAX

@@ -1,5 +1,6 @@
 """Momentum schedules: the share of the old running statistics to keep, as a function of the updates made so far."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jbn._arguments import check_momentum, checked_momentum, scheduled
+from jbn._arguments import checked_momentum, checked_schedule, scheduled
 
 Schedule = Callable[[Any], Any]
 
@@ -33,11 +34,7 @@ def cumulative() -> Schedule:
         PyTorch, BatchNorm with momentum=None.
     """
 
-    def schedule(count: Any) -> jax.Array:
-        t = _as_float(count)
-        return t / (t + 1)
-
-    return schedule
+    return _Cumulative()
 
 
 def warmup(momentum: float) -> Schedule:
@@ -64,9 +61,7 @@ def warmup(momentum: float) -> Schedule:
     Source:
         Abadi et al., TensorFlow: tf.train.ExponentialMovingAverage with num_updates, which uses (1 + t) / (10 + t).
     """
-    kept = checked_momentum("momentum", momentum)
-    average = cumulative()
-    return lambda count: jnp.minimum(kept, average(count))
+    return _Warmup(checked_momentum("momentum", momentum))
 
 
 def debiased(momentum: float) -> Schedule:
@@ -93,18 +88,7 @@ def debiased(momentum: float) -> Schedule:
     Source:
         Kingma and Ba, Adam, 2015, section 3.
     """
-    kept = checked_momentum("momentum", momentum)
-    if kept == 1:
-        return cumulative()
-    if kept == 0:
-        return lambda count: jnp.zeros_like(_as_float(count))
-    log = math.log(kept)
-
-    def schedule(count: Any) -> jax.Array:
-        t = _as_float(count)
-        return kept * jnp.expm1(t * log) / jnp.expm1((t + 1) * log)
-
-    return schedule
+    return _Debiased(checked_momentum("momentum", momentum))
 
 
 def per_microbatch(momentum: float, microbatches: int) -> float:
@@ -189,12 +173,48 @@ def at(momentum: Any, count: jax.Array, dtype: Any) -> jax.Array:
     Source:
         jbn's own convention.
     """
-    if any(momentum is maker for maker in (cumulative, warmup, debiased, per_microbatch, from_torch)):
-        raise TypeError(
-            f"`momentum` is jbn.momentum.{momentum.__name__} itself: call it, as in jbn.momentum.warmup(0.99)."
-        )
-    check_momentum(momentum)
-    return jnp.clip(scheduled("momentum", momentum, count, dtype), 0, 1)
+    schedule, number = checked_schedule("momentum", momentum, dtype, checked_momentum)
+    if schedule is not None:
+        number = scheduled("momentum", schedule, count, dtype)
+    return jnp.clip(number, 0, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cumulative:
+    def __call__(self, count: Any) -> jax.Array:
+        t = _as_float(count)
+        return t / (t + 1)
+
+    def __repr__(self) -> str:
+        return "jbn.momentum.cumulative()"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Warmup:
+    momentum: float
+
+    def __call__(self, count: Any) -> jax.Array:
+        return jnp.minimum(self.momentum, _Cumulative()(count))
+
+    def __repr__(self) -> str:
+        return f"jbn.momentum.warmup({self.momentum})"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Debiased:
+    momentum: float
+
+    def __call__(self, count: Any) -> jax.Array:
+        t = _as_float(count)
+        if self.momentum == 0:
+            return jnp.zeros_like(t)
+        if self.momentum == 1:
+            return t / (t + 1)
+        log = math.log(self.momentum)
+        return self.momentum * jnp.expm1(t * log) / jnp.expm1((t + 1) * log)
+
+    def __repr__(self) -> str:
+        return f"jbn.momentum.debiased({self.momentum})"
 
 
 def _as_float(count: Any) -> jax.Array:

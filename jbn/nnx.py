@@ -11,9 +11,10 @@ from flax.nnx.nn.dtypes import canonicalize_dtype
 from jax.nn import initializers
 from jax.typing import ArrayLike
 
-from jbn import _arguments, _batch_renorm, _flax
-from jbn._collectives import AxisName, IndexGroups
-from jbn._state import Params, State
+from jbn import _arguments, _flax
+from jbn._arguments import AxisName, IndexGroups
+from jbn._core.batch_renorm import PUBLISHED_D_MAX, PUBLISHED_R_MAX
+from jbn._core.state import Params, State
 from jbn.momentum import Schedule
 
 
@@ -101,7 +102,7 @@ class BatchNorm(nnx.Module):
         self.mean = nnx.BatchStat(jnp.zeros(features, jnp.float32))
         self.var = nnx.BatchStat(jnp.ones(features, jnp.float32))
         self.momentum = momentum
-        self.count = nnx.data(nnx.BatchStat(jnp.zeros((), jnp.int32)) if _flax.reads_count(self) else None)
+        self.count = nnx.data(nnx.BatchStat(jnp.zeros(features, jnp.float32)) if _flax.reads_count(self) else None)
         # Scale first, as in Flax: each initializer draws the next key.
         scale = nnx.Param(scale_init(rngs.params(), features, param_dtype), **scale_metadata) if use_scale else None
         bias = nnx.Param(bias_init(rngs.params(), features, param_dtype), **bias_metadata) if use_bias else None
@@ -122,15 +123,21 @@ class BatchNorm(nnx.Module):
         self.activation = activation
 
     def __call__(
-        self, x: ArrayLike, use_running_average: bool | None = None, *, mask: ArrayLike | None = None
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        mask: ArrayLike | None = None,
+        shortcut: ArrayLike | None = None,
     ) -> jax.Array:
         """Normalize x, and update `mean` and `var` by its statistics unless they are used.
 
         Args:
             x: float32, float64, bfloat16 or float16 array.
             use_running_average: True normalizes by the running statistics; None is what the module says.
-            mask: boolean, True counts; the shape of x without its feature axes (an axis may be 1), or of x with
-                them 1. Masked values change nothing and come out as 0.
+            mask: boolean, True counts; the shape of x without its feature axes, or of the rank of x; any axis may be
+                1. Masked values change nothing and come out as 0.
+            shortcut: array of the shape of x, added before the activation: the join of a residual block.
 
         Returns:
             The result, of the shape of x.
@@ -149,12 +156,11 @@ class BatchNorm(nnx.Module):
                 "schedule at construction."
             )
         params = Params(*(None if param is None else param[...] for param in (self.scale, self.bias)))
-        state = State(
-            self.mean[...], self.var[...], jnp.zeros((), jnp.int32) if self.count is None else self.count[...]
-        )
+        state = State(self.mean[...], self.var[...], None if self.count is None else self.count[...])
         promoted = [array for array in (x, state.mean, state.var, *params) if array is not None]
         dtype = canonicalize_dtype(*promoted, dtype=self.dtype)
-        out, new_state = _flax.apply(self, params, state, x, not averaged, mask=mask, dtype=dtype)
+        inputs = {"x": x, "mask": mask, "shortcut": shortcut}
+        out, new_state = _flax.apply(self, params, state, inputs, not averaged, dtype)
         if not averaged:
             self.mean[...], self.var[...] = new_state.mean, new_state.var
             if self.count is not None:
@@ -219,8 +225,8 @@ class BatchRenorm(BatchNorm):
         self,
         num_features: int | Sequence[int],
         *,
-        r_max: float | Schedule = _batch_renorm.PUBLISHED_R_MAX,
-        d_max: float | Schedule = _batch_renorm.PUBLISHED_D_MAX,
+        r_max: float | Schedule = PUBLISHED_R_MAX,
+        d_max: float | Schedule = PUBLISHED_D_MAX,
         rngs: nnx.Rngs,
         **options: Any,
     ) -> None:

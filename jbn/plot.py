@@ -7,7 +7,7 @@ import numpy as np
 
 from jbn import diagnostics
 from jbn._arguments import checked_epsilon
-from jbn._nodes import shown
+from jbn._statistics.nodes import shown
 from jbn.diagnostics._compare import distances as channel_distances
 from jbn.diagnostics._compare import pairs
 from jbn.diagnostics._laws import checked_count, written

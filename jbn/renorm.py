@@ -1,5 +1,6 @@
 """Schedules for `batch_renorm`: how far it may correct, as a function of the updates made so far."""
 
+import dataclasses
 import math
 import operator
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jbn._arguments import checked_bound
+from jbn._arguments import LEAST_BOUNDS, checked_bound
 from jbn.momentum import Schedule
 
 
@@ -37,7 +38,7 @@ def r_max(limit: float = 3.0, *, begin: int = 5_000, end: int = 40_000) -> Sched
     Source:
         Ioffe, Batch Renormalization, 2017, section 4.2.
     """
-    return _ramp(1.0, _checked_limit("r_max", limit), begin, end)
+    return _Ramp("r_max", _checked_limit("r_max", limit), *_checked_ends(begin, end))
 
 
 def d_max(limit: float = 5.0, *, begin: int = 5_000, end: int = 25_000) -> Schedule:
@@ -66,26 +67,39 @@ def d_max(limit: float = 5.0, *, begin: int = 5_000, end: int = 25_000) -> Sched
     Source:
         Ioffe, Batch Renormalization, 2017, section 4.2.
     """
-    return _ramp(0.0, _checked_limit("d_max", limit), begin, end)
+    return _Ramp("d_max", _checked_limit("d_max", limit), *_checked_ends(begin, end))
 
 
 def _checked_limit(name: str, limit: Any) -> float:
-    value = checked_bound(name, limit, "limit")
+    value = checked_bound(name, "limit", limit)
     if math.isinf(value):
         raise ValueError(f"`limit` is {value}: expected a finite number. For no bound give {name}={value}.")
     return value
 
 
-def _ramp(start: float, limit: float, begin: Any, end: Any) -> Schedule:
+def _checked_ends(begin: Any, end: Any) -> tuple[int, int]:
     try:
         first, last = operator.index(begin), operator.index(end)
     except TypeError:
         raise TypeError(f"`begin` is {begin!r} and `end` {end!r}: expected counts of updates, ints.") from None
     if not 0 <= first < last:
         raise ValueError(f"`begin` is {first} and `end` {last}: expected 0 <= begin < end, counts of updates.")
+    return first, last
 
-    def schedule(count: Any) -> jax.Array:
-        passed = jnp.asarray(count).astype(jnp.result_type(float)) - first
-        return start + (limit - start) * jnp.clip(passed / (last - first), 0, 1)
 
-    return schedule
+@dataclasses.dataclass(frozen=True)
+class _Ramp:
+    """A bound that rises linearly from the least one."""
+
+    name: str
+    limit: float
+    begin: int
+    end: int
+
+    def __call__(self, count: Any) -> jax.Array:
+        start = LEAST_BOUNDS[self.name]
+        passed = jnp.asarray(count).astype(jnp.result_type(float)) - self.begin
+        return start + (self.limit - start) * jnp.clip(passed / (self.end - self.begin), 0, 1)
+
+    def __repr__(self) -> str:
+        return f"jbn.renorm.{self.name}({self.limit}, begin={self.begin}, end={self.end})"

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jbn._state import Params, State
+from jbn._core.state import Params, State
 from jbn.convert._names import Names, read_one
 
 EQUINOX = Names("Equinox", "weight", "bias", "mean", "var", "counter")

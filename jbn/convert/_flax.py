@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from jbn._state import Params, State
+from jbn._core.state import Params, State
 from jbn.convert._names import Names, check_mapping, check_norm, read_one, written
 
 FLAX = Names("Flax", "scale", "bias", "mean", "var", "count")

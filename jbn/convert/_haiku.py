@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jbn._state import Params, State
+from jbn._core.state import Params, State
 from jbn.convert._names import Names, as_array, check_mapping, read_one
 
 HAIKU = Names("Haiku", "scale", "offset", "mean_ema.average", "var_ema.average", "counter")

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from jbn._state import Params, State
+from jbn._core.state import Params, State
 from jbn.convert._names import Names, check_norm, read_one, written_to_numpy
 
 KERAS = Names("Keras", "gamma", "beta", "moving_mean", "moving_variance", None)

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jbn._arguments import check_type
-from jbn._precision import arithmetic_dtype
-from jbn._state import Params, State
+from jbn._arguments import arithmetic_dtype, check_type
+from jbn._core.state import Params, State
+from jbn._statistics.upgrade import for_each_feature
 
 Norm = tuple[Params, State]
 LARGEST = 2**31 - 1
@@ -125,7 +125,7 @@ def _arrays(names: Names, entries: Mapping[str, Any]) -> tuple[dict[str, Any], l
     arrays, problems = {}, [f"`{name}` is missing" for name in (names.mean, names.var) if name not in entries]
     for name, value in entries.items():
         try:
-            arrays[name] = _whole_number(value) if name == names.counter else as_array(value)
+            arrays[name] = _updates(value) if name == names.counter else as_array(value)
         except ValueError as error:
             problems.append(f"`{name}` {error}")
         except (TypeError, RuntimeError):  # PyTorch's tensors without data raise the latter
@@ -134,15 +134,15 @@ def _arrays(names: Names, entries: Mapping[str, Any]) -> tuple[dict[str, Any], l
     return arrays, problems
 
 
-def _whole_number(value: Any) -> jax.Array:
-    """A stored count, or one for each norm of a stack, in int32."""
+def _updates(value: Any) -> jax.Array:
+    """A stored count: one for the norm, one for each norm of a stack, or one for each feature."""
     value = _unwrapped(value)
     if isinstance(value, Tracer):
         return value
     number = np.asarray(value)
-    if not (np.all(number == np.rint(number)) and np.all(number >= 0) and np.all(number <= LARGEST)):
-        raise ValueError(f"is {number}, not a whole number from 0 to {LARGEST}")
-    return jnp.asarray(number.astype(np.int32))
+    if not (np.all(np.isfinite(number)) and np.all(number >= 0)):
+        raise ValueError(f"is {number}, not a number of updates")
+    return jnp.asarray(number.astype(np.float32))
 
 
 def _problems(names: Names, arrays: Mapping[str, jax.Array]) -> list[str]:
@@ -153,9 +153,9 @@ def _problems(names: Names, arrays: Mapping[str, jax.Array]) -> list[str]:
         if name not in names.known():
             found.append(f"`{name}` is extra; a norm has {', '.join(names.known())}")
         elif name == names.counter:
-            # Norms that are stacked by layer have a count each.
-            if leaf.shape and shape is not None and leaf.shape != shape[: min(leaf.ndim, len(shape) - 1)]:
-                found.append(f"`{name}` has shape {leaf.shape}, not ()")
+            # One for each feature, for each norm of a stack, or for the norm.
+            if shape is not None and leaf.shape != shape[: leaf.ndim]:
+                found.append(f"`{name}` has shape {leaf.shape}, not {shape} or ()")
         elif not jnp.issubdtype(leaf.dtype, jnp.floating):
             found.append(f"`{name}` has dtype {leaf.dtype.name}, not a float one")
         elif shape is not None and leaf.shape != shape:
@@ -168,6 +168,6 @@ def _norm(names: Names, arrays: Mapping[str, jax.Array], count: int | None) -> N
     stored = arrays.get(names.counter or "", 0)
     mean, var = (arrays[name] for name in (names.mean, names.var))
     # Half precision is exact in float32, and running statistics lose small updates without it.
-    mean, var = (leaf.astype(arithmetic_dtype(leaf)) for leaf in (mean, var))
-    number = jnp.asarray(stored).astype(jnp.int32) if count is None else jnp.full(np.shape(stored), count, jnp.int32)
-    return Params(arrays.get(names.scale), arrays.get(names.bias)), State(mean, var, number)
+    mean, var = (leaf.astype(arithmetic_dtype(leaf.dtype)) for leaf in (mean, var))
+    updates = jnp.asarray(stored if count is None else count, jnp.float32)
+    return Params(arrays.get(names.scale), arrays.get(names.bias)), State(mean, var, for_each_feature(updates, mean))

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from jbn._state import Params, State
+from jbn._core.state import Params, State
 from jbn.convert._equinox import EQUINOX, entries_of, is_norm
 from jbn.convert._flax import FLAX, LINEN, to_linen, to_nnx
 from jbn.convert._haiku import AVERAGES, HAIKU, flattened

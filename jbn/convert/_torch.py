@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jbn._state import Params, State
+from jbn._core.state import Params, State
 from jbn.convert._names import Names, check_norm, read_one, written_to_numpy
 
 TORCH = Names("PyTorch", "weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -73,4 +73,4 @@ def to_torch(params: Params, state: State) -> dict[str, np.ndarray]:
     if bias is None and scale is not None:
         bias = jnp.zeros_like(scale)
     arrays = written_to_numpy(TORCH, Params(scale, bias), state)
-    return {**arrays, "num_batches_tracked": np.array(state.count, np.int64)}
+    return {**arrays, "num_batches_tracked": np.array(np.max(state.count, initial=0), np.int64)}

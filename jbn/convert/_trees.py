@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jbn._state import Params, State
+from jbn._core.state import Params, State
 from jbn.convert._names import check_mapping, read_all, refuse
 from jbn.convert._places import FINDERS, TREES, copied, find, insert, leaves_of
 

@@ -47,7 +47,7 @@ def comparison(result: Result) -> str:
 def closing_lines(options: Options, result: Result) -> list[str]:
     """Lines that a person can act on."""
     last = result.record.looks[-1]
-    updates = int(result.run.state[WATCHED].count)
+    updates = int(np.max(result.run.state[WATCHED].count))
     held = memory(options.momentum, updates)
     made = f"{updates} update{'s' if updates != 1 else ''}"
     if updates < options.steps:

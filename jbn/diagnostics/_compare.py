@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 from jax.core import Tracer
 
-from jbn import _nodes
 from jbn._arguments import checked_epsilon
-from jbn._nodes import Forest, Path, shown
+from jbn._statistics import nodes
+from jbn._statistics.nodes import Forest, Path, shown
 from jbn.diagnostics._table import Table
 
 COLUMNS = ("norm", "channel", "error", "shift", "ratio", "mean", "population mean", "var", "population var")
@@ -57,7 +57,7 @@ def compare(state: Any, population: Any, *, epsilon: float = 1e-5) -> Table:
 
 def found(tree: Any, name: str) -> Forest:
     """The nodes of a tree, which are looked at on the host."""
-    forest = _nodes.find(tree, name)
+    forest = nodes.find(tree, name)
     if any(isinstance(leaf, Tracer) for leaf in forest.leaves):
         raise TypeError(f"{name} is traced, but diagnostics are numbers on the host: call them outside of jit.")
     return forest

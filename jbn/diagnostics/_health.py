@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from jbn import _nodes
 from jbn._arguments import checked_epsilon, checked_momentum
-from jbn._nodes import shown
+from jbn._statistics import nodes
+from jbn._statistics.nodes import shown
 from jbn.diagnostics._compare import distances, found, pairs
 from jbn.diagnostics._laws import checked_size
 from jbn.diagnostics._table import Table
@@ -62,7 +62,7 @@ def health(
     """
     added, limit = checked_epsilon(epsilon), checked_size("far", far)
     kept = None if momentum is None else checked_momentum("momentum", momentum)
-    missing = _nodes.incomplete(tree, BATCH_NORM)
+    missing = nodes.incomplete(tree, BATCH_NORM)
     forest = found(tree, "`tree`")
     counts = {path: _updates(forest.at(path)) for path in forest.nodes}
     most = max((count for count in counts.values() if count is not None), default=0)

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 import jbn
-from jbn.cli import main
-from jbn.commands import momentum, train
+from jbn.cli.main import main
+from jbn.cli import momentum, train
 
 pytestmark = pytest.mark.standard_promotion
 

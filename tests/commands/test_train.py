@@ -11,7 +11,7 @@ import numpy as np
 import orbax.checkpoint
 import pytest
 
-from jbn.commands import train
+from jbn.cli import train
 from jbn.demo import data, loop, model, processes
 from jbn.demo.history import Look, Watched
 from jbn.demo.options import Options, momentum_from_text

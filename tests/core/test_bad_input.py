@@ -16,7 +16,7 @@ import jbn
 X = np.ones((8, 16, 3), np.float32)
 MATRIX = np.ones((8, 3), np.float32)
 PARAMS, STATE = jbn.init(3)
-HALF = jbn.State(jnp.zeros(3, jnp.bfloat16), jnp.ones(3, jnp.bfloat16), jnp.int32(0))
+HALF = jbn.State(jnp.zeros(3, jnp.bfloat16), jnp.ones(3, jnp.bfloat16), jnp.zeros(3))
 STACKED = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), STATE)
 KEY = jax.random.key(0)
 STRUCT = jax.ShapeDtypeStruct((3,), jnp.float32)

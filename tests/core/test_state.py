@@ -16,7 +16,7 @@ import jbn
 
 STATE = jbn.init(3)[1]
 MOMENTS = jbn.Moments(np.zeros(3, np.float32), np.ones(3, np.float32), np.float32(8))
-HALF = jbn.State(jnp.zeros(3, jnp.bfloat16), jnp.ones(3, jnp.bfloat16), jnp.int32(0))
+HALF = jbn.State(jnp.zeros(3, jnp.bfloat16), jnp.ones(3, jnp.bfloat16), jnp.zeros(3))
 update = partly(jbn.update, state=STATE, moments=MOMENTS)
 REFUSED = {
     "init of a float": Refused(lambda: jbn.init(2.0), TypeError, "features", "is 2.0", "an int or a sequence"),
@@ -74,7 +74,7 @@ def test_copies_of_params_and_state_are_the_same(copied):
 
 
 def test_a_state_of_two_dtypes_takes_that_of_its_mean(x64, rng):
-    state = jbn.State(jnp.zeros(3, jnp.float32), jnp.ones(3, jnp.float64), jnp.int32(0))
+    state = jbn.State(jnp.zeros(3, jnp.float32), jnp.ones(3, jnp.float64), jnp.zeros(3))
     moments = batch(rng)
     new = jbn.update(state, moments, momentum=0)
     assert new.mean.dtype == new.var.dtype == jnp.float32
@@ -105,7 +105,7 @@ def test_update_with_a_momentum_near_one_loses_nothing(rng, momentum):
 
 
 def test_a_cumulative_average_keeps_its_digits_from_a_far_start(rng):
-    start, moments = jbn.State(jnp.full(1, 1e8), jnp.ones(1), jnp.int32(0)), batch(rng, features=1)
+    start, moments = jbn.State(jnp.full(1, 1e8), jnp.ones(1), jnp.zeros(3)), batch(rng, features=1)
     state = jbn.update(start, moments, momentum=jbn.momentum.cumulative())
     assert_close(state.mean, moments.mean)
 

@@ -141,12 +141,12 @@ def norms(draw, features, dtype="float32", scale=1.0):
     params = jbn.Params(*(draw(arrays(features)).astype(dtype) for _ in range(2)))
     mean = (draw(arrays(features)) * np.float64(scale)).astype(dtype)
     var = (np.abs(draw(arrays(features))) * np.float64(scale) ** 2).astype(dtype)
-    return params, jbn.State(mean, var, np.int32(draw(COUNTS)))
+    return params, jbn.State(mean, var, np.full(features, draw(COUNTS), np.float32))
 
 
 def next_count(count):
-    """The count ends at the largest int32, rather than turn negative."""
-    return min(int(count) + 1, LAST_COUNT)
+    """float32 counts to 2**24, and stays there."""
+    return np.minimum(count + 1, np.float32(LAST_COUNT))
 
 
 def arithmetic(batch):

@@ -12,7 +12,7 @@ class Reference(NamedTuple):
     out: np.ndarray
     mean: np.ndarray
     var: np.ndarray
-    count: float
+    count: np.ndarray
     dx: np.ndarray
     dscale: np.ndarray
     dbias: np.ndarray
@@ -34,7 +34,7 @@ def rows(array, feature):
 
 
 def batch_norm(x, scale=None, bias=None, cotangent=None, *, feature_axis=-1, mask=None, epsilon=1e-5):
-    """Training forward and backward; the mask has the shape of x without its feature axes, axes of 1 allowed."""
+    """Training forward and backward; the mask has the shape of x without its feature axes, or the rank of x."""
     x = np.asarray(x, np.float64)
     feature = feature_axes(feature_axis, x.ndim)
     if mask is None:
@@ -46,8 +46,8 @@ def batch_norm(x, scale=None, bias=None, cotangent=None, *, feature_axis=-1, mas
     x = np.where(valid, x, 0)
     x, back = rows(x, feature)
     w = rows(valid.astype(np.float64), feature)[0]
-    n = w[(slice(None),) + (0,) * (w.ndim - 1)].sum() if w.size else 0
-    divisor = max(n, 1)
+    n = w.sum(0)
+    divisor = np.maximum(n, 1)
     scale = np.ones(x.shape[1:]) if scale is None else np.asarray(scale, np.float64)
     bias = np.zeros(x.shape[1:]) if bias is None else np.asarray(bias, np.float64)
     mean = (w * x).sum(0) / divisor

@@ -132,11 +132,11 @@ def assert_whole(result, params, batch, case):
             else:
                 assert_rounded(members(group, actual, places), value, dtype)
         good = expected.count > 0
-        mean, var = reference.update(0, 1, expected, 0.5) if good else (np.zeros(3), np.ones(3))
+        mean, var = (np.where(good, *pair) for pair in zip(reference.update(0, 1, expected, 0.5), (0, 1)))
         # Where there is one state for all, it has a first axis of size 1.
         held = [place % len(result.new_state.count) for place in group]
         for place in held:
-            assert int(result.new_state.count[place]) == good
+            np.testing.assert_array_equal(result.new_state.count[place], good)
             assert_close(result.new_state.mean[place], mean)
             assert_close(result.new_state.var[place], var)
             for leaf in result.new_state[:2]:

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jbn import _nodes
-from jbn._calibration_faults import check_known, check_ran_once, check_same_nodes, everywhere, named
-from jbn._nodes import Forest, Path, Statistics, shown
+from jbn._statistics import nodes
+from jbn._statistics.faults import check_known, check_ran_once, check_same_nodes, everywhere, named
+from jbn._statistics.nodes import Forest, Path, Statistics, shown
 
 Step = Callable[[Any, Any], Any]
 
@@ -93,7 +93,7 @@ def calibrate(
     _check_functions(step=step, weights=weights, select=select)
     if not isinstance(batches, Iterable):
         raise TypeError(f"`batches` is a {type(batches).__name__}: expected an iterable of what `step` takes.")
-    forest = _nodes.find(state, "`state`")
+    forest = nodes.find(state, "`state`")
     chosen = _chosen(forest, select)
     totals: dict[Path, Population] = {}
     for number, batch in enumerate(_watched(batches, progress)):
@@ -119,7 +119,7 @@ def _run(step: Step, forest: Forest, chosen: list[Path], batch: Any, start: Stat
         path: {field: _placed(start.get(path, fields)[field], leaf) for field, leaf in fields.items()}
         for path, fields in ((path, forest.at(path)) for path in forest.nodes)
     }
-    new = _nodes.find(step(forest.replaced(values), batch), "the result of `step`")
+    new = nodes.find(step(forest.replaced(values), batch), "the result of `step`")
     if any(isinstance(leaf, Tracer) for leaf in new.leaves):
         raise TypeError(f"`batches` are traced, {OUTSIDE}")
     check_same_nodes(forest, chosen, new)

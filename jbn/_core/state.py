@@ -1,17 +1,18 @@
 """What is learned and what is remembered: Params, State, their start, and the update of the running statistics."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import NamedSharding
-from jax.typing import ArrayLike
 
-from jbn import _arguments, _nodes
-from jbn import momentum as momentum_schedules
-from jbn._moments import Moments
+from jbn import _arguments
+from jbn._arguments import Average
+from jbn._core.moments import Moments
 from jbn.momentum import Schedule
 
 
@@ -39,13 +40,13 @@ class State(NamedTuple):
     Attributes:
         mean: float32 or float64 array of the feature shape.
         var: float32 or float64 array of the feature shape; -inf where it is not known yet (see `unset`).
-        count: int32 scalar, the updates made so far.
+        count: float32 array of the feature shape, the updates that each feature has had.
 
     Example:
         >>> import jbn
         >>> _, state = jbn.init(3)
         >>> print(state.mean, state.var, state.count)
-        [0. 0. 0.] [1. 1. 1.] 0
+        [0. 0. 0.] [1. 1. 1.] [0. 0. 0.]
     """
 
     mean: jax.Array
@@ -58,7 +59,7 @@ def init(features: int | Sequence[int], dtype: Any = jnp.float32) -> tuple[Param
 
     Args:
         features: the number of features, or their shape where several axes have statistics of their own.
-        dtype: float32 or float64, of all arrays but `count`.
+        dtype: float32 or float64, of all arrays but `count`, which is float32.
 
     Returns:
         Params and State; no two of their arrays share a buffer, so that both can be donated.
@@ -79,7 +80,7 @@ def init(features: int | Sequence[int], dtype: Any = jnp.float32) -> tuple[Param
     shape = _arguments.checked_features(features)
     dtype = _arguments.checked_state_dtype("dtype", dtype)
     params = Params(scale=jnp.ones(shape, dtype), bias=jnp.zeros(shape, dtype))
-    state = State(mean=jnp.zeros(shape, dtype), var=jnp.ones(shape, dtype), count=jnp.zeros((), jnp.int32))
+    state = State(mean=jnp.zeros(shape, dtype), var=jnp.ones(shape, dtype), count=jnp.zeros(shape, jnp.float32))
     return params, state
 
 
@@ -88,14 +89,15 @@ def update(state: State, moments: Moments, *, momentum: float | Schedule = 0.99,
 
     new = momentum * old + (1 - momentum) * batch
 
-    A batch whose statistics are not finite in any feature, or that has no value, leaves the whole state as it was, and
-    so does a batch of one value under "unbiased". Unset statistics are replaced by the batch's biased moments. A
-    feature of the state that is not finite itself is a fault, and stays as it is.
+    Each feature moves on its own. One whose new statistics would not be finite, or that has no value, keeps mean,
+    variance and count; so does one with a single value under "unbiased". Unset statistics are replaced by the batch's
+    biased moments.
 
     Args:
         state: the running statistics, of the feature shape.
         moments: the batch's, of the same shape.
-        momentum: share of the old value kept, in [0, 1], or a schedule from `state.count` to it.
+        momentum: share of the old value kept, in [0, 1], or a schedule from one feature's count, an int32
+            scalar, to it.
         running_var: the variance that is averaged: "biased" (Keras, Flax), "unbiased", times n / (n - 1) (PyTorch), or
             "total", plus momentum * (1 - momentum) * (batch mean - old mean)**2, which tends to the variance of the
             population with its part between batches.
@@ -113,96 +115,68 @@ def update(state: State, moments: Moments, *, momentum: float | Schedule = 0.99,
         >>> _, state = jbn.init(1)
         >>> state = jbn.update(state, jbn.moments(jnp.array([[0.0], [4.0]])), momentum=0.5)
         >>> print(state.mean, state.var, state.count)
-        [1.] [2.5] 1
+        [1.] [2.5] [1.]
 
     Source:
         Ioffe and Szegedy, Batch Normalization, 2015, section 3.1; "total" is the law of total variance.
     """
-    _arguments.check_running_var(running_var)
     _arguments.check_type("state", state, State)
     _arguments.check_type("moments", moments, Moments)
     features = np.shape(state.mean)
     for name, vectors in (("state", state), ("moments", moments)):
         _arguments.check_vectors(name, vectors, features, "the shape of `state.mean`")
-    _arguments.check_state_dtype(state)
-    dtype = jnp.result_type(state.mean)
-    count = whole(state.count)
-    kept = momentum_schedules.at(momentum, count, dtype)
-    old_mean, old_var = (jnp.asarray(leaf).astype(dtype) for leaf in (state.mean, state.var))
-    batch_mean, batch_var, batch_count = (jnp.asarray(leaf).astype(dtype) for leaf in moments)
-    batch = Moments(_placed_as(old_mean, batch_mean), _placed_as(old_var, batch_var), batch_count)
-
-    unset = jnp.isneginf(old_var)
-    taken_var = batch.var
-    if running_var == "unbiased":
-        taken_var = batch.var * (batch.count / jnp.maximum(batch.count - 1, 1))
-    mean = jnp.where(unset, batch.mean, _average(kept, old_mean, batch.mean))
-    var = _average(kept, jnp.where(unset, batch.var, old_var), taken_var)
-    if running_var == "total":
-        var += kept * (1 - kept) * jnp.square(batch.mean - old_mean)
-    var = jnp.where(unset, batch.var, var)
-
-    enough = batch.count > (1 if running_var == "unbiased" else 0)
-    good_batch = enough & jnp.all(jnp.isfinite(batch.mean) & jnp.isfinite(taken_var))
-    # A feature whose old statistics are a fault stays one, loudly, without holding up the others.
-    fault = ~(jnp.isfinite(old_mean) & (jnp.isfinite(old_var) | unset))
-    good = good_batch & jnp.all(fault | (jnp.isfinite(mean) & jnp.isfinite(var)))
-    new_state = State(
-        mean=jnp.where(good & ~fault, mean, old_mean),
-        var=jnp.where(good & ~fault, var, old_var),
-        count=count + (good & (count < jnp.iinfo(jnp.int32).max)).astype(jnp.int32),
-    )
-    return jax.lax.stop_gradient(new_state)
+    average, kept = _arguments.checked_average(momentum, running_var, state, True)
+    return _updated(average, state, moments, kept)
 
 
-def unset(tree: Any) -> Any:
-    """Mark statistics as not known yet: the next good batch's own moments replace them whole.
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _updated(average: Average, old: State, batch: Moments, kept: Any) -> State:
+    return updated(average, old, batch, kept, counted=True)
 
-    mean = 0, var = -inf, count = 0. Inference with them gives NaN, loudly.
 
-    Args:
-        tree: any tree of jbn statistics, of states, a Linen dict, an NNX state or module: every node with `mean` and
-            `var` is marked, and its `count` where it has one; all else is left as it is.
+def updated(average: Average, old: State, batch: Moments, kept: Any, *, counted: bool) -> State:
+    """The state after a batch, feature by feature; `counted` if a feature may have too few values.
 
-    Returns:
-        The tree, of the same structure, shapes and dtypes.
-
-    Raises:
-        ValueError: the tree holds no statistics.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> import jbn
-        >>> _, state = jbn.init(1)
-        >>> state = jbn.update(jbn.unset(state), jbn.moments(jnp.array([[3.0], [5.0]])))
-        >>> print(state.mean, state.var, state.count)
-        [4.] [1.] 1
-
-    Source:
-        jbn's own convention; -inf survives averaging, is no variance, and leaves NaN to mean a fault.
+    new = kept * old + (1 - kept) * batch
     """
-    forest = _nodes.find(tree, "`tree`")
-    marks = {"mean": 0, "var": -jnp.inf, "count": 0}
-    return forest.replaced(
-        {
-            path: {field: jnp.full_like(leaf, marks[field]) for field, leaf in forest.at(path).items()}
-            for path in forest.nodes
-        }
-    )
+    dtype = jnp.result_type(old.mean)
+    batch = Moments(*(_placed_as(old.mean, lax.convert_element_type(value, dtype)) for value in batch))
+    kept = kept_at(average, kept, old.count, dtype)
+    # Selected before any arithmetic, since -inf would make NaN.
+    unset = old.var == -jnp.inf
+    mean, var = (lax.select(unset, value, start) for value, start in zip(batch[:2], old[:2], strict=True))
+    taken = batch.var
+    if average.running_var == "unbiased":
+        taken = jnp.where(unset, taken, taken * (batch.count / lax.max(batch.count - 1, jnp.ones_like(batch.count))))
+    new_mean, new_var = _moved(average, kept, (mean, var), (batch.mean, taken))
+    if average.running_var == "total":
+        new_var = new_var + kept * (1 - kept) * jnp.square(batch.mean - mean)
+    good = lax.is_finite(new_mean) & lax.is_finite(new_var)
+    if counted or average.running_var == "unbiased":
+        good = good & (batch.count > (1 if average.running_var == "unbiased" else 0))
+    count = None if old.count is None else old.count + good.astype(old.count.dtype)
+    new = State(lax.select(good, new_mean, old.mean), lax.select(good, new_var, old.var), count)
+    return lax.stop_gradient(new)
+
+
+def kept_at(average: Average, kept: Any, count: Any, dtype: Any) -> Any:
+    """The momentum of this update: a number, or for each feature what the schedule gives at its count."""
+    if average.schedule is None:
+        return kept
+    return jnp.clip(_arguments.scheduled("momentum", average.schedule, count, dtype), 0, 1)
+
+
+def _moved(average: Average, kept: Any, old: Sequence[jax.Array], batch: Sequence[jax.Array]) -> list[jax.Array]:
+    """kept * old + (1 - kept) * batch, written about the nearer end, so that neither loses its last digits."""
+    share = 1 - kept
+    heavy = [a + share * (b - a) for a, b in zip(old, batch, strict=True)] if average.heavy is not False else None
+    light = [b + kept * (a - b) for a, b in zip(old, batch, strict=True)] if not average.heavy else None
+    if heavy is None or light is None:
+        return heavy or light or []
+    return [jnp.where(kept < 0.5, low, high) for low, high in zip(light, heavy, strict=True)]
 
 
 def _placed_as(old: jax.Array, new: jax.Array) -> jax.Array:
     """Under explicit sharding, where the old array is, so that the state can be carried through a loop."""
     there, here = jax.typeof(old).sharding.spec, jax.typeof(new).sharding
     return new if there == here.spec else jax.sharding.reshard(new, NamedSharding(here.mesh, there))
-
-
-def _average(kept: jax.Array, old: jax.Array, batch: jax.Array) -> jax.Array:
-    """kept * old + (1 - kept) * batch, written about the nearer end, so that neither loses its last digits."""
-    return jnp.where(kept < 0.5, batch + kept * (old - batch), old + (1 - kept) * (batch - old))
-
-
-def whole(count: ArrayLike) -> jax.Array:
-    """The count as int32: averaging trees turns it to float."""
-    count = jnp.asarray(count)
-    return (count if jnp.issubdtype(count.dtype, jnp.integer) else jnp.rint(count)).astype(jnp.int32)

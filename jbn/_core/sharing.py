@@ -1,56 +1,16 @@
 """Sums over mapped axes: the devices of pmap and shard_map, the lanes of vmap; over all of an axis or in groups."""
 
 import contextlib
-import operator
-from collections.abc import Hashable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-AxisName = str | tuple[str, ...]
-IndexGroups = Sequence[Sequence[int]]
+from jbn._arguments import AxisName, Sharing
+
 FEW = 16
 """Up to so many parts are sent whole: one collective more costs a device more than their bytes do."""
-
-
-class Sharing(NamedTuple):
-    """Who shares statistics: everything along a mapped axis, or groups of places on it."""
-
-    axis_name: AxisName
-    groups: tuple[tuple[int, ...], ...] | None
-
-
-def checked_sharing(axis_name: Any, axis_index_groups: Any) -> Sharing | None:
-    """The arguments `axis_name` and `axis_index_groups`; None shares nothing."""
-    name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
-    for each in name if isinstance(name, tuple) else (name,):
-        if isinstance(each, int) or not isinstance(each, Hashable):
-            raise TypeError(f"`axis_name` is {axis_name!r}: expected the name of a mapped axis, or a tuple of names.")
-    if isinstance(name, tuple) and len(set(name)) < len(name):
-        raise ValueError(f"`axis_name` is {axis_name!r}, which names an axis twice: name it once.")
-    if axis_index_groups is None:
-        return None if name is None else Sharing(name, None)
-    if name is None or isinstance(name, tuple):
-        raise ValueError(
-            f"`axis_index_groups` needs one axis name, but `axis_name` is {axis_name!r}: name the mapped axis that the "
-            "groups are on."
-        )
-    return Sharing(name, _checked_groups(axis_index_groups))
-
-
-def _checked_groups(axis_index_groups: Any) -> tuple[tuple[int, ...], ...]:
-    """Groups that hold each place from 0 on once."""
-    expected = "expected lists of the places on the mapped axis, each place once, as in [[0, 1], [2, 3]]"
-    try:
-        groups = tuple(tuple(operator.index(place) for place in group) for group in axis_index_groups)
-    except TypeError:
-        raise TypeError(f"`axis_index_groups` is {axis_index_groups!r}: {expected}.") from None
-    places = sorted(place for group in groups for place in group)
-    if not places or places != list(range(len(places))):
-        raise ValueError(f"`axis_index_groups` is {axis_index_groups!r}: {expected}.")
-    return groups
 
 
 def sum_over(sharing: Sharing, arrays: Sequence[jax.Array]) -> tuple[jax.Array, ...]:

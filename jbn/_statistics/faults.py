@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from jbn._nodes import Forest, Path, Statistics, shown
+from jbn._statistics.nodes import Forest, Path, Statistics, shown
 
 FEW = 5
 LINES = 10

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from jbn._shifted_moments import NAME
+from jbn._core.moments import NAME
 
 _by_name = jax.checkpoint_policies.save_only_these_names(NAME)
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 import jbn
-from jbn.commands import bench, inspect, momentum, train
+from jbn.cli import bench, inspect, momentum, train
 from jbn.demo.options import OptionError
 
 

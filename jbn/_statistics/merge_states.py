@@ -10,8 +10,8 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jbn import _arguments
-from jbn._shifted_moments import ShiftedMoments, union
-from jbn._state import State, whole
+from jbn._core.moments import ShiftedMoments, mean_of, union_of_stacked
+from jbn._core.state import State
 
 
 def merge_states(*states: State, weights: Sequence[ArrayLike] | None = None) -> State:
@@ -27,7 +27,7 @@ def merge_states(*states: State, weights: Sequence[ArrayLike] | None = None) -> 
             of weight 0 changes nothing but the count, whatever it holds.
 
     Returns:
-        State of the same shape, not differentiated; `count` is the largest one. What is unset in all states stays so.
+        State of the same shape, not differentiated; `count` is the largest one of each feature. What is unset in all states stays so.
 
     Raises:
         TypeError: something that is no State, or weights that are no numbers.
@@ -37,10 +37,10 @@ def merge_states(*states: State, weights: Sequence[ArrayLike] | None = None) -> 
         >>> import jax
         >>> import jax.numpy as jnp
         >>> import jbn
-        >>> left, right = (jbn.State(jnp.array([m]), jnp.array([1.0]), jnp.int32(9)) for m in (0.0, 4.0))
+        >>> left, right = (jbn.State(jnp.array([m]), jnp.array([1.0]), jnp.array([9.0])) for m in (0.0, 4.0))
         >>> state = jbn.merge_states(left, right)
         >>> print(state.mean, state.var, state.count)
-        [2.] [5.] 9
+        [2.] [5.] [9.]
 
         Whole models, and replicas that are stacked along a first axis, as pmap leaves them:
 
@@ -60,12 +60,12 @@ def merge_states(*states: State, weights: Sequence[ArrayLike] | None = None) -> 
     weight = _checked_weights(weights, len(states), dtype).reshape(-1, *[1] * (mean.ndim - 1))
     weight = jnp.where(jnp.isneginf(var), jnp.zeros((), dtype), weight)
     mean, var = (jnp.where(weight > 0, leaf, jnp.zeros((), dtype)) for leaf in (mean, var))
-    merged = union(ShiftedMoments(shift=mean, offset=jnp.zeros_like(mean), var=var, count=weight))
+    merged = union_of_stacked(ShiftedMoments(shift=mean, offset=None, var=var, count=weight))
     known = merged.count > 0
     state = State(
-        mean=jnp.where(known, merged.shift + merged.offset, jnp.zeros((), dtype)),
+        mean=jnp.where(known, mean_of(merged), jnp.zeros((), dtype)),
         var=jnp.where(known, merged.var, jnp.full((), -jnp.inf, dtype)),
-        count=jnp.max(jnp.stack([whole(state.count) for state in states])),
+        count=jnp.max(jnp.stack([jnp.asarray(state.count) for state in states]), axis=0),
     )
     return jax.lax.stop_gradient(state)
 

@@ -1,0 +1,228 @@
+"""Batch normalization as a pure function: the batch's statistics in training, the running ones at inference."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from jbn import _arguments
+from jbn._arguments import Average, AxisName, IndexGroups, Rule
+from jbn._core.moments import ShiftedMoments, by_feature, shared, union_of_stacked
+from jbn._core.standardize import Affine, Inputs, reciprocal_deviation, standardize, transform
+from jbn._core.state import Params, State, updated
+from jbn.momentum import Schedule
+
+Activation = Callable[[jax.Array], jax.Array]
+
+
+def batch_norm(
+    params: Params,
+    state: State,
+    x: ArrayLike,
+    train: bool,
+    *,
+    momentum: float | Schedule = 0.99,
+    epsilon: float = 1e-5,
+    feature_axis: int | Sequence[int] = -1,
+    mask: ArrayLike | None = None,
+    axis_name: AxisName | None = None,
+    axis_index_groups: IndexGroups | None = None,
+    ghost_batch_size: int | None = None,
+    running_var: str = "biased",
+    activation: Activation | None = None,
+    shortcut: ArrayLike | None = None,
+    dtype: Any = None,
+) -> tuple[jax.Array, State]:
+    """Normalize x per feature, by the batch's statistics in training and by the running ones at inference.
+
+    out = activation((x - mean) / sqrt(var + epsilon) * scale + bias + shortcut)
+
+    Args:
+        params: scale and bias of the feature shape; either may be None.
+        state: running mean, variance and count of updates; training output does not depend on it.
+        x: float32, float64, bfloat16 or float16 array; the arithmetic is in float32 at least.
+        train: a Python bool; True normalizes by the batch and updates the state.
+        momentum: share of the old value kept at an update, or a schedule from a feature's count of updates, an
+            int32 scalar, to it.
+        epsilon: added to the variance.
+        feature_axis: the axis, or axes, that have statistics of their own; all others are reduced.
+        mask: boolean, True counts; the shape of x without its feature axes, or of the rank of x; any axis may be 1.
+            Masked values change nothing, come out as 0, and get gradient 0, whatever they hold.
+        axis_name: mapped axis or axes to share statistics over: pmap, vmap, shard_map.
+        axis_index_groups: places on that axis that share among themselves only, as in [[0, 1], [2, 3]].
+        ghost_batch_size: normalize groups of this many examples, contiguous along the first axis, on their own; the
+            running statistics see the whole batch.
+        running_var: which variance the running average takes: "biased", "unbiased" or "total" (see `update`).
+        activation: shape-preserving elementwise function, applied in float32 before the cast to `dtype`. It captures
+            nothing traced. One that does not compare equal to the last one is compiled again: define it once.
+        shortcut: array of the shape of x, added before the activation: the join of a residual block.
+        dtype: dtype of the result; None is that of x.
+
+    Returns:
+        The result, of the shape of x, and the new state, not differentiated. A feature whose new statistics would not
+        be finite, or that has nothing valid, keeps its old ones (see `update`); inference returns the state unchanged.
+
+    Raises:
+        NameError: no transformation binds `axis_name`.
+        TypeError: a wrong kind or dtype of argument, or a traced `train`.
+        ValueError: shapes or values that do not fit; the message says how to mend it.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jbn
+        >>> params, state = jbn.init(2)
+        >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
+        >>> out, state = jbn.batch_norm(params, state, x, True, momentum=0.5)
+        >>> print(out.round(2))
+        [[-1. -1.]
+         [ 1.  1.]]
+        >>> print(state.mean)
+        [ 1. 10.]
+
+    Source:
+        Ioffe and Szegedy, Batch Normalization, 2015, algorithms 1 and 2.
+    """
+    _arguments.check_train(train)
+    options = {"epsilon": epsilon, "feature_axis": feature_axis, "activation": activation, "dtype": dtype}
+    inputs, rule = checked_call(params, state, Inputs(x, mask, shortcut), train=train, **options)
+    average, kept = _arguments.checked_average(momentum, running_var, state, train)
+    if not train:
+        return by_state(rule, params, state, inputs), state
+    rule = _arguments.training_rule(rule, inputs.x, axis_name, axis_index_groups, ghost_batch_size)
+    return by_batch(rule, average, params, state, inputs, kept)
+
+
+def normalize(
+    params: Params,
+    state: State,
+    x: ArrayLike,
+    *,
+    epsilon: float = 1e-5,
+    feature_axis: int | Sequence[int] = -1,
+    mask: ArrayLike | None = None,
+    activation: Activation | None = None,
+    shortcut: ArrayLike | None = None,
+    dtype: Any = None,
+) -> jax.Array:
+    """Normalize x by the running statistics: the inference half of `batch_norm`.
+
+    out = activation((x - state.mean) / sqrt(state.var + epsilon) * scale + bias + shortcut)
+
+    Args:
+        params: scale and bias of the feature shape; either may be None.
+        state: running mean and variance of the feature shape; unset ones give NaN.
+        x: float32, float64, bfloat16 or float16 array.
+        epsilon: added to the variance.
+        feature_axis: the axis, or axes, that have statistics of their own.
+        mask: boolean, True counts; the shape of x without its feature axes, or of the rank of x; any axis may be 1.
+            Masked values come out as 0 and get gradient 0.
+        activation: shape-preserving elementwise function, applied in float32 before the cast to `dtype`.
+        shortcut: array of the shape of x, added before the activation.
+        dtype: dtype of the result; None is that of x.
+
+    Returns:
+        The result, of the shape of x.
+
+    Raises:
+        TypeError: a wrong kind or dtype of argument.
+        ValueError: shapes or values that do not fit; the message says how to mend it.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jbn
+        >>> params, state = jbn.init(2)
+        >>> print(jbn.normalize(params, state, jnp.array([[1.0, -1.0]])).round(3))
+        [[ 1. -1.]]
+
+    Source:
+        Ioffe and Szegedy, Batch Normalization, 2015, algorithm 2, line 11.
+    """
+    options = {"epsilon": epsilon, "feature_axis": feature_axis, "activation": activation, "dtype": dtype}
+    inputs, rule = checked_call(params, state, Inputs(x, mask, shortcut), train=False, **options)
+    return by_state(rule, params, state, inputs)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def by_batch(
+    rule: Rule,
+    average: Average,
+    params: Params,
+    state: State,
+    inputs: Inputs,
+    kept: Any,
+    target: Any = None,
+) -> tuple[jax.Array, State]:
+    """Normalize by the moments of the batch, and move the running ones towards them."""
+    x = inputs.x
+    if 0 in x.shape:
+        return jnp.zeros(x.shape, rule.dtype), lax.stop_gradient(state)
+    whole, rule, inputs = rule, *_cut(rule, inputs)
+    if target is not None:
+        target = jax.tree.map(lambda vector: aligned(rule, vector, inputs.x), target)
+    out, batch, _ = standardize(rule, inputs, aligned_affine(rule, params, inputs.x), target)
+    if whole.ghosts is not None:
+        batch = union_of_stacked(batch)
+        batch = batch if whole.sharing is None else shared(whole.sharing, batch)
+    moments = by_feature(batch, whole.reduced)
+    return out.reshape(x.shape), updated(average, state, moments, kept, counted=inputs.mask is not None)
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def by_state(rule: Rule, params: Params, state: State, inputs: Inputs) -> jax.Array:
+    """Normalize by the running statistics; a backward pass through them keeps only the input."""
+    mean, var = (aligned(rule, vector, inputs.x) for vector in state[:2])
+    running = ShiftedMoments(mean, None, var, None)
+    rstd, affine = reciprocal_deviation(var, rule.epsilon), aligned_affine(rule, params, inputs.x)
+    apply = jax.checkpoint(functools.partial(transform, rule), prevent_cse=False)
+    return apply(inputs, running, rstd, affine)
+
+
+def _cut(rule: Rule, inputs: Inputs) -> tuple[Rule, Inputs]:
+    """The inputs in ghost batches, along a new first axis that is not reduced, and the rule of those."""
+    if rule.ghosts is None:
+        return rule, inputs
+    size, *rest = inputs.x.shape
+
+    def cut(array: jax.Array | None) -> jax.Array | None:
+        if array is None:
+            return None
+        array = jnp.broadcast_to(array, (size, *array.shape[1:]))
+        return array.reshape(rule.ghosts, size // rule.ghosts, *array.shape[1:])
+
+    feature, reduced = (tuple(axis + 1 for axis in axes) for axes in rule.axes)
+    axes = _arguments.Axes(feature, reduced)
+    return rule._replace(axes=axes, sharing=None), Inputs(*map(cut, inputs))
+
+
+def aligned(rule: Rule, vector: jax.Array, x: jax.Array) -> jax.Array:
+    """A vector of the feature shape, with the rank of x and in the dtype of the arithmetic."""
+    dtype = _arguments.arithmetic_dtype(x.dtype)
+    others = [axis for axis in range(x.ndim) if axis not in rule.axes.feature]
+    return lax.expand_dims(lax.convert_element_type(vector, dtype), others)
+
+
+def aligned_affine(rule: Rule, params: Params, x: jax.Array) -> Affine:
+    """Scale and bias, with the rank of x; those that are None as 1 and 0."""
+    features = rule.axes.features(x.shape)
+    scale = jnp.ones(features) if params.scale is None else params.scale
+    bias = jnp.zeros(features) if params.bias is None else params.bias
+    return Affine(aligned(rule, scale, x), aligned(rule, bias, x))
+
+
+def checked_call(params: Any, state: Any, inputs: Inputs, *, train: bool, **options: Any) -> tuple[Inputs, Rule]:
+    """The arguments that training and inference share, checked, with the rule that they make."""
+    x = _arguments.checked_input(inputs.x)
+    rule = _arguments.checked_rule(x, **options)
+    features = rule.axes.features(x.shape)
+    why = f"as x of shape {tuple(x.shape)} has it on `feature_axis` {rule.axes.feature}; jbn.init({features}) makes it"
+    for name, value, kind in (("params", params, Params), ("state", state, State)):
+        _arguments.check_type(name, value, kind)
+        _arguments.check_vectors(name, value, features, why)
+    if train:
+        _arguments.check_state_dtype(state)
+    mask = _arguments.checked_mask(inputs.mask, x.shape, rule.axes)
+    return Inputs(x, mask, _arguments.checked_shortcut(inputs.shortcut, x)), rule

@@ -1,0 +1,166 @@
+"""Batch renormalization: training that sees what inference will, by a clipped correction towards the running state."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from jbn import _arguments, renorm
+from jbn._arguments import Average, AxisName, IndexGroups, Rule
+from jbn._core.batch_norm import Activation, by_batch, by_state, checked_call
+from jbn._core.moments import ShiftedMoments, deviation
+from jbn._core.standardize import Inputs
+from jbn._core.state import Params, State
+from jbn.momentum import Schedule
+
+PUBLISHED_R_MAX = renorm.r_max()
+PUBLISHED_D_MAX = renorm.d_max()
+
+
+def batch_renorm(
+    params: Params,
+    state: State,
+    x: ArrayLike,
+    train: bool,
+    *,
+    r_max: float | Schedule = PUBLISHED_R_MAX,
+    d_max: float | Schedule = PUBLISHED_D_MAX,
+    momentum: float | Schedule = 0.99,
+    epsilon: float = 1e-5,
+    feature_axis: int | Sequence[int] = -1,
+    mask: ArrayLike | None = None,
+    axis_name: AxisName | None = None,
+    axis_index_groups: IndexGroups | None = None,
+    ghost_batch_size: int | None = None,
+    running_var: str = "biased",
+    activation: Activation | None = None,
+    shortcut: ArrayLike | None = None,
+    dtype: Any = None,
+) -> tuple[jax.Array, State]:
+    """Normalize x by the batch in training, corrected towards the running statistics; by those alone at inference.
+
+    out = activation((xhat * r + d) * scale + bias + shortcut), xhat = (x - batch mean) / sd(batch),
+    r = clip(sd(batch) / sd(state), 1/r_max, r_max), d = clip((batch mean - state.mean) / sd(state), -d_max, d_max),
+    sd = sqrt(var + epsilon)
+
+    The correction is a constant to every derivative. Within its bounds, the output in training is the one at inference
+    with the state before the update, so that it depends on no other example, while the gradient is still that of batch
+    norm. It is for batches of few examples. Unlike in `batch_norm`, training sees the state: a start far from the data
+    is to be kept out of it, by bounds that open late, as those published, or by an `unset` state.
+
+    Args:
+        params: scale and bias of the feature shape; either may be None.
+        state: running mean, variance and count of updates. Unset features are not corrected: r = 1, d = 0.
+        x: float32, float64, bfloat16 or float16 array; the arithmetic is in float32 at least.
+        train: a Python bool; True normalizes by the batch and updates the state.
+        r_max: bound of r, at least 1, or a schedule from a feature's count of updates to it. The default is 1 for the first
+            5,000 updates, then rises to 3 at 40,000; `jbn.renorm.r_max` makes others, for shorter runs.
+        d_max: bound of d, at least 0, or a schedule. The default is 0 for the first 5,000 updates, then rises to 5 at
+            25,000; `jbn.renorm.d_max` makes others. r_max=1 and d_max=0 are batch norm, inf is no bound.
+        momentum: share of the old value kept at an update, or a schedule from a feature's count of updates to it.
+        epsilon: added to the variance.
+        feature_axis: the axis, or axes, that have statistics of their own; all others are reduced.
+        mask: boolean, True counts; the shape of x without its feature axes, or of the rank of x; any axis may be 1.
+        axis_name: mapped axis or axes to share statistics over: pmap, vmap, shard_map.
+        axis_index_groups: places on that axis that share among themselves only, as in [[0, 1], [2, 3]].
+        ghost_batch_size: normalize groups of this many examples, contiguous along the first axis, on their own, each
+            corrected towards the same state.
+        running_var: which variance the running average takes: "biased", "unbiased" or "total" (see `update`).
+        activation: shape-preserving elementwise function, applied in float32 before the cast to `dtype`.
+        shortcut: array of the shape of x, added before the activation: the join of a residual block.
+        dtype: dtype of the result; None is that of x.
+
+    Returns:
+        The result, of the shape of x, and the new state, not differentiated.
+
+    Raises:
+        NameError: no transformation binds `axis_name`.
+        TypeError: a wrong kind or dtype of argument, or a traced `train`.
+        ValueError: shapes or values that do not fit; the message says how to mend it.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jbn
+        >>> params, _ = jbn.init(1)
+        >>> state = jbn.State(mean=jnp.array([1.0]), var=jnp.array([4.0]), count=jnp.array([9.0]))
+        >>> x = jnp.array([[3.0], [7.0]])
+        >>> free = float("inf")
+        >>> out, new_state = jbn.batch_renorm(params, state, x, True, r_max=free, d_max=free)
+        >>> print(bool(jnp.allclose(out, jbn.normalize(params, state, x))))
+        True
+
+    Source:
+        Ioffe, Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models, 2017,
+        algorithm 1 and section 4.2.
+    """
+    _arguments.check_train(train)
+    options = {"epsilon": epsilon, "feature_axis": feature_axis, "activation": activation, "dtype": dtype}
+    inputs, rule = checked_call(params, state, Inputs(x, mask, shortcut), train=train, **options)
+    average, kept = _arguments.checked_average(momentum, running_var, state, train)
+    bounds = [
+        _arguments.checked_schedule(name, given, jnp.float32, functools.partial(_arguments.checked_bound, name))
+        for name, given in (("r_max", r_max), ("d_max", d_max))
+    ]
+    if not train:
+        return by_state(rule, params, state, inputs), state
+    rule = _arguments.training_rule(rule, inputs.x, axis_name, axis_index_groups, ghost_batch_size)
+    schedules, numbers = zip(*bounds, strict=True)
+    # Bounds that are known to be closed are batch norm: the same program, and so the same bits.
+    if not any(isinstance(number, jax.core.Tracer) for number in numbers) and numbers == (1, 0):
+        return by_batch(rule, average, params, state, inputs, kept)
+    return _by_corrected_batch(rule, average, Bounds(*schedules), params, state, inputs, kept, Bounds(*numbers))
+
+
+class Bounds(NamedTuple):
+    """How far r and d may correct."""
+
+    r_max: Any
+    d_max: Any
+
+
+class Target(NamedTuple):
+    """The running statistics that the correction leads to, and its bounds."""
+
+    mean: jax.Array
+    var: jax.Array
+    r_max: jax.Array
+    d_max: jax.Array
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
+def _by_corrected_batch(
+    rule: Rule,
+    average: Average,
+    schedules: Bounds,
+    params: Params,
+    state: State,
+    inputs: Inputs,
+    kept: Any,
+    numbers: Bounds,
+) -> tuple[jax.Array, State]:
+    """by_batch, corrected towards the state within bounds."""
+    dtype = _arguments.arithmetic_dtype(inputs.x.dtype)
+    bounds = []
+    for name, schedule, number in zip(Bounds._fields, schedules, numbers, strict=True):
+        value = number if schedule is None else _arguments.scheduled(name, schedule, state.count, dtype)
+        value = jnp.maximum(value, _arguments.LEAST_BOUNDS[name])
+        bounds.append(jnp.broadcast_to(value, state.mean.shape))
+    rule = rule._replace(correction=correction)
+    return by_batch(rule, average, params, state, inputs, kept, Target(state.mean, state.var, *bounds))
+
+
+def correction(epsilon: float, batch: ShiftedMoments, target: Target) -> tuple[jax.Array, jax.Array]:
+    """r and d of batch renormalization; 1 and 0 where the running statistics are unset.
+
+    r = clip(sd(batch) / sd(state), 1/r_max, r_max),  d = clip((mean(batch) - mean(state)) / sd(state), -d_max, d_max)
+    """
+    unset = target.var == -jnp.inf
+    running = jnp.where(unset, jnp.ones_like(target.var), target.var) + epsilon
+    r = jnp.sqrt((batch.var + epsilon) / running)
+    d = -deviation(target.mean, batch) * lax.rsqrt(running)
+    r = jnp.where(unset, jnp.ones_like(r), jnp.clip(r, 1 / target.r_max, target.r_max))
+    return r, jnp.where(unset, jnp.zeros_like(d), jnp.clip(d, -target.d_max, target.d_max))
