@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeGuard
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.core import Tracer
 
 INPUT_DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -43,17 +44,26 @@ class Rule(NamedTuple):
     axes: Axes
     epsilon: float
     dtype: Any
-    activation: Callable[[jax.Array], jax.Array] | None = None
+    activation: Any = None
+    average: Any = None
     sharing: Sharing | None = None
     ghosts: int | None = None
     """The number of groups of examples that are normalized on their own."""
-    correction: Callable[..., Any] | None = None
-    """What makes r and d of batch renormalization; None is batch norm."""
+    correction: Any = None
+    """That of batch renormalization; None is batch norm."""
 
     @property
     def reduced(self) -> tuple[int, ...]:
         """The axes over which statistics are taken."""
         return self.axes.reduced
+
+
+class Numbers(NamedTuple):
+    """Momentum and bounds that are numbers, which a program takes as arguments; None for what a schedule gives."""
+
+    momentum: Any
+    r_max: Any = None
+    d_max: Any = None
 
 
 class Average(NamedTuple):
@@ -122,8 +132,8 @@ def training_rule(
     """The rule with who shares statistics, and with the number of ghost batches."""
     if not rule.reduced and axis_name is None:
         raise ValueError(
-            f"`x` has shape {tuple(x.shape)}, and every axis is a feature axis: no axis is left to take statistics over. "
-            "Add a batch axis, or name a mapped axis with `axis_name`."
+            f"`x` has shape {tuple(x.shape)}, and every axis is a feature axis: no axis is left to take statistics "
+            "over. Add a batch axis, or name a mapped axis with `axis_name`."
         )
     groups = None if ghost_batch_size is None else checked_groups(ghost_batch_size, x, rule.axes)
     return rule._replace(sharing=checked_sharing(axis_name, axis_index_groups), ghosts=groups)
@@ -260,8 +270,8 @@ def checked_shortcut(shortcut: Any, x: jax.Array) -> jax.Array | None:
     shortcut = shortcut if isinstance(shortcut, jax.Array) else jnp.asarray(shortcut)
     if shortcut.shape != x.shape:
         raise ValueError(
-            f"`shortcut` has shape {shortcut.shape}, but x has {x.shape}: expected the same shape. Project it first, as "
-            "residual networks do with a convolution of size 1."
+            f"`shortcut` has shape {shortcut.shape}, but x has {x.shape}: expected the same shape. Project it first, "
+            "as residual networks do with a convolution of size 1."
         )
     if shortcut.dtype.name not in INPUT_DTYPES:
         raise TypeError(f"`shortcut` has dtype {shortcut.dtype.name}: expected one of {', '.join(INPUT_DTYPES)}.")
@@ -336,7 +346,7 @@ def checked_bound(bound: str, name: str, value: Any) -> float:
 
 
 def scheduled(name: str, schedule: Any, count: Any, dtype: Any) -> jax.Array:
-    """What a schedule gives at each count, which it sees as one int32 scalar, by `jax.vmap`; averages are rounded up."""
+    """What a schedule gives at each count, which it sees as one int32 scalar; averaged counts are rounded up."""
     expected = "expected a function from the count of updates, an int32 scalar, to a number"
 
     def at(count: jax.Array) -> jax.Array:
@@ -362,14 +372,20 @@ def checked_average(momentum: Any, running_var: Any, state: Any, train: bool) ->
     if not isinstance(running_var, str) or running_var not in RUNNING_VAR:
         raise ValueError(f"`running_var` is {running_var!r}: expected one of {', '.join(map(repr, RUNNING_VAR))}.")
     schedule, number = checked_schedule("momentum", momentum, jnp.result_type(state.mean), checked_momentum)
-    if train and schedule is not None and state.count is None:
-        raise ValueError(
-            "`state.count` is None, but `momentum` is a schedule of it: expected an array like `state.mean`."
-        )
+    if train:
+        check_counted(state, "momentum", schedule)
     heavy = None if schedule is not None or isinstance(number, Tracer) else bool(number >= 0.5)
     if isinstance(number, Tracer):
         number = jnp.clip(number, 0, 1)
     return Average(schedule, heavy, running_var), number
+
+
+def check_counted(state: Any, name: str, schedule: Any) -> None:
+    """What a schedule reads is there."""
+    if schedule is not None and state.count is None:
+        raise ValueError(
+            f"`state.count` is None, but `{name}` is a schedule of it: expected an array like `state.mean`."
+        )
 
 
 def checked_schedule(name: str, given: Any, dtype: Any, check: Callable[[str, Any], float]) -> tuple[Any, Any]:
@@ -459,13 +475,33 @@ def checked_sharing(axis_name: Any, axis_index_groups: Any) -> Sharing | None:
     if isinstance(name, tuple) and len(set(name)) < len(name):
         raise ValueError(f"`axis_name` is {axis_name!r}, which names an axis twice: name it once.")
     if axis_index_groups is None:
-        return None if name is None else Sharing(name, None)
+        return None if name is None else Sharing(name, _check_bound(name))
     if name is None or isinstance(name, tuple):
         raise ValueError(
             f"`axis_index_groups` needs one axis name, but `axis_name` is {axis_name!r}: name the mapped axis that the "
             "groups are on."
         )
-    return Sharing(name, _checked_groups(axis_index_groups))
+    groups = _checked_groups(axis_index_groups)
+    _check_bound(name)
+    size, places = lax.axis_size(name), sum(map(len, groups))
+    if size != places:
+        raise ValueError(
+            f"`axis_index_groups` is {[list(group) for group in groups]}, which has {places} places, but the axis "
+            f"{name!r} has {size}: expected each place from 0 to {size - 1} once."
+        )
+    return Sharing(name, groups)
+
+
+def _check_bound(axis_name: Any) -> None:
+    """An axis that nothing binds is an error that says what to wrap."""
+    try:
+        lax.axis_size(axis_name)
+    except NameError:
+        raise NameError(
+            f"`axis_name` is {axis_name!r}, which no surrounding transformation binds: call inside "
+            f"jax.shard_map, jax.vmap(..., axis_name={axis_name!r}) or jax.pmap(..., axis_name={axis_name!r}), "
+            "or leave `axis_name` out. Under plain jit with a sharded batch it is not needed."
+        ) from None
 
 
 def _checked_groups(axis_index_groups: Any) -> tuple[tuple[int, ...], ...]:

@@ -10,8 +10,8 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jbn import _arguments
-from jbn._arguments import Average, AxisName, IndexGroups, Rule
-from jbn._core.moments import ShiftedMoments, by_feature, shared, union_of_stacked
+from jbn._arguments import Axes, AxisName, IndexGroups, Numbers, Rule
+from jbn._core.moments import ShiftedMoments, by_feature, shared, union
 from jbn._core.standardize import Affine, Inputs, reciprocal_deviation, standardize, transform
 from jbn._core.state import Params, State, updated
 from jbn.momentum import Schedule
@@ -93,7 +93,7 @@ def batch_norm(
     if not train:
         return by_state(rule, params, state, inputs), state
     rule = _arguments.training_rule(rule, inputs.x, axis_name, axis_index_groups, ghost_batch_size)
-    return by_batch(rule, average, params, state, inputs, kept)
+    return by_batch(rule._replace(average=average), params, state, inputs, Numbers(kept, None, None))
 
 
 def normalize(
@@ -146,71 +146,48 @@ def normalize(
     return by_state(rule, params, state, inputs)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
-def by_batch(
-    rule: Rule,
-    average: Average,
-    params: Params,
-    state: State,
-    inputs: Inputs,
-    kept: Any,
-    target: Any = None,
-) -> tuple[jax.Array, State]:
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def by_batch(rule: Rule, params: Params, state: State, inputs: Inputs, numbers: Numbers) -> tuple[jax.Array, State]:
     """Normalize by the moments of the batch, and move the running ones towards them."""
     x = inputs.x
     if 0 in x.shape:
         return jnp.zeros(x.shape, rule.dtype), lax.stop_gradient(state)
-    whole, rule, inputs = rule, *_cut(rule, inputs)
-    if target is not None:
-        target = jax.tree.map(lambda vector: aligned(rule, vector, inputs.x), target)
-    out, batch, _ = standardize(rule, inputs, aligned_affine(rule, params, inputs.x), target)
-    if whole.ghosts is not None:
-        batch = union_of_stacked(batch)
-        batch = batch if whole.sharing is None else shared(whole.sharing, batch)
-    moments = by_feature(batch, whole.reduced)
-    return out.reshape(x.shape), updated(average, state, moments, kept, counted=inputs.mask is not None)
+    within, cut = (rule, inputs) if rule.ghosts is None else _in_ghost_batches(rule, inputs)
+    target = None
+    if rule.correction is not None:
+        target = jax.tree.map(lambda vector: aligned(within, vector, cut.x), rule.correction.target(state, numbers))
+    affine = Affine(aligned(within, params.scale, cut.x, 1), aligned(within, params.bias, cut.x, 0))
+    out, batch, _ = standardize(within, cut, affine, target)
+    if rule.ghosts is not None:
+        batch = union(batch) if rule.sharing is None else shared(rule.sharing, union(batch))
+    moments = by_feature(batch, rule.reduced)
+    return out.reshape(x.shape), updated(rule.average, state, moments, numbers.momentum, inputs.mask is not None)
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def by_state(rule: Rule, params: Params, state: State, inputs: Inputs) -> jax.Array:
     """Normalize by the running statistics; a backward pass through them keeps only the input."""
     mean, var = (aligned(rule, vector, inputs.x) for vector in state[:2])
-    running = ShiftedMoments(mean, None, var, None)
-    rstd, affine = reciprocal_deviation(var, rule.epsilon), aligned_affine(rule, params, inputs.x)
+    affine = Affine(aligned(rule, params.scale, inputs.x, 1), aligned(rule, params.bias, inputs.x, 0))
     apply = jax.checkpoint(functools.partial(transform, rule), prevent_cse=False)
-    return apply(inputs, running, rstd, affine)
+    return apply(inputs, ShiftedMoments(mean, None, var, None), reciprocal_deviation(var, rule.epsilon), affine)
 
 
-def _cut(rule: Rule, inputs: Inputs) -> tuple[Rule, Inputs]:
-    """The inputs in ghost batches, along a new first axis that is not reduced, and the rule of those."""
-    if rule.ghosts is None:
-        return rule, inputs
-    size, *rest = inputs.x.shape
-
-    def cut(array: jax.Array | None) -> jax.Array | None:
-        if array is None:
-            return None
-        array = jnp.broadcast_to(array, (size, *array.shape[1:]))
-        return array.reshape(rule.ghosts, size // rule.ghosts, *array.shape[1:])
-
+def _in_ghost_batches(rule: Rule, inputs: Inputs) -> tuple[Rule, Inputs]:
+    """The inputs in groups of examples, along a new first axis that is not reduced, and the rule of those."""
+    size = inputs.x.shape[0]
+    whole = [None if array is None else jnp.broadcast_to(array, (size, *array.shape[1:])) for array in inputs]
+    cut = [array if array is None else array.reshape(rule.ghosts, -1, *array.shape[1:]) for array in whole]
     feature, reduced = (tuple(axis + 1 for axis in axes) for axes in rule.axes)
-    axes = _arguments.Axes(feature, reduced)
-    return rule._replace(axes=axes, sharing=None), Inputs(*map(cut, inputs))
+    return rule._replace(axes=Axes(feature, reduced), sharing=None), Inputs(*cut)
 
 
-def aligned(rule: Rule, vector: jax.Array, x: jax.Array) -> jax.Array:
-    """A vector of the feature shape, with the rank of x and in the dtype of the arithmetic."""
+def aligned(rule: Rule, vector: Any, x: jax.Array, missing: int = 0) -> jax.Array:
+    """A vector of the feature shape, or `missing` for None, with the rank of x and in the dtype of the arithmetic."""
     dtype = _arguments.arithmetic_dtype(x.dtype)
+    vector = jnp.full(rule.axes.features(x.shape), missing, dtype) if vector is None else vector
     others = [axis for axis in range(x.ndim) if axis not in rule.axes.feature]
     return lax.expand_dims(lax.convert_element_type(vector, dtype), others)
-
-
-def aligned_affine(rule: Rule, params: Params, x: jax.Array) -> Affine:
-    """Scale and bias, with the rank of x; those that are None as 1 and 0."""
-    features = rule.axes.features(x.shape)
-    scale = jnp.ones(features) if params.scale is None else params.scale
-    bias = jnp.zeros(features) if params.bias is None else params.bias
-    return Affine(aligned(rule, scale, x), aligned(rule, bias, x))
 
 
 def checked_call(params: Any, state: Any, inputs: Inputs, *, train: bool, **options: Any) -> tuple[Inputs, Rule]:

@@ -1,5 +1,6 @@
 """Batch renormalization: training that sees what inference will, by a clipped correction towards the running state."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -7,10 +8,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jbn import _arguments, renorm
-from jbn._arguments import Average, AxisName, IndexGroups, Rule
+from jbn._arguments import AxisName, IndexGroups, Numbers
 from jbn._core.batch_norm import Activation, by_batch, by_state, checked_call
 from jbn._core.moments import ShiftedMoments, deviation
 from jbn._core.standardize import Inputs
@@ -57,8 +59,8 @@ def batch_renorm(
         state: running mean, variance and count of updates. Unset features are not corrected: r = 1, d = 0.
         x: float32, float64, bfloat16 or float16 array; the arithmetic is in float32 at least.
         train: a Python bool; True normalizes by the batch and updates the state.
-        r_max: bound of r, at least 1, or a schedule from a feature's count of updates to it. The default is 1 for the first
-            5,000 updates, then rises to 3 at 40,000; `jbn.renorm.r_max` makes others, for shorter runs.
+        r_max: bound of r, at least 1, or a schedule from a feature's count of updates to it. The default is 1 for the
+            first 5,000 updates, then rises to 3 at 40,000; `jbn.renorm.r_max` makes others, for shorter runs.
         d_max: bound of d, at least 0, or a schedule. The default is 0 for the first 5,000 updates, then rises to 5 at
             25,000; `jbn.renorm.d_max` makes others. r_max=1 and d_max=0 are batch norm, inf is no bound.
         momentum: share of the old value kept at an update, or a schedule from a feature's count of updates to it.
@@ -101,29 +103,25 @@ def batch_renorm(
     options = {"epsilon": epsilon, "feature_axis": feature_axis, "activation": activation, "dtype": dtype}
     inputs, rule = checked_call(params, state, Inputs(x, mask, shortcut), train=train, **options)
     average, kept = _arguments.checked_average(momentum, running_var, state, train)
-    bounds = [
-        _arguments.checked_schedule(name, given, jnp.float32, functools.partial(_arguments.checked_bound, name))
-        for name, given in (("r_max", r_max), ("d_max", d_max))
-    ]
+    least, most = (
+        _arguments.checked_schedule(name, bound, jnp.float32, functools.partial(_arguments.checked_bound, name))
+        for name, bound in (("r_max", r_max), ("d_max", d_max))
+    )
     if not train:
         return by_state(rule, params, state, inputs), state
     rule = _arguments.training_rule(rule, inputs.x, axis_name, axis_index_groups, ghost_batch_size)
-    schedules, numbers = zip(*bounds, strict=True)
+    rule, numbers = rule._replace(average=average), Numbers(kept, least[1], most[1])
     # Bounds that are known to be closed are batch norm: the same program, and so the same bits.
-    if not any(isinstance(number, jax.core.Tracer) for number in numbers) and numbers == (1, 0):
-        return by_batch(rule, average, params, state, inputs, kept)
-    return _by_corrected_batch(rule, average, Bounds(*schedules), params, state, inputs, kept, Bounds(*numbers))
-
-
-class Bounds(NamedTuple):
-    """How far r and d may correct."""
-
-    r_max: Any
-    d_max: Any
+    known = not any(isinstance(number, Tracer) for number in numbers[1:])
+    if not (known and numbers[1:] == (1, 0)):
+        for name, (schedule, _) in (("r_max", least), ("d_max", most)):
+            _arguments.check_counted(state, name, schedule)
+        rule = rule._replace(correction=Correction(least[0], most[0]))
+    return by_batch(rule, params, state, inputs, numbers)
 
 
 class Target(NamedTuple):
-    """The running statistics that the correction leads to, and its bounds."""
+    """The running statistics that the correction leads to, and its bounds, of the feature shape."""
 
     mean: jax.Array
     var: jax.Array
@@ -131,36 +129,31 @@ class Target(NamedTuple):
     d_max: jax.Array
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
-def _by_corrected_batch(
-    rule: Rule,
-    average: Average,
-    schedules: Bounds,
-    params: Params,
-    state: State,
-    inputs: Inputs,
-    kept: Any,
-    numbers: Bounds,
-) -> tuple[jax.Array, State]:
-    """by_batch, corrected towards the state within bounds."""
-    dtype = _arguments.arithmetic_dtype(inputs.x.dtype)
-    bounds = []
-    for name, schedule, number in zip(Bounds._fields, schedules, numbers, strict=True):
-        value = number if schedule is None else _arguments.scheduled(name, schedule, state.count, dtype)
-        value = jnp.maximum(value, _arguments.LEAST_BOUNDS[name])
-        bounds.append(jnp.broadcast_to(value, state.mean.shape))
-    rule = rule._replace(correction=correction)
-    return by_batch(rule, average, params, state, inputs, kept, Target(state.mean, state.var, *bounds))
-
-
-def correction(epsilon: float, batch: ShiftedMoments, target: Target) -> tuple[jax.Array, jax.Array]:
-    """r and d of batch renormalization; 1 and 0 where the running statistics are unset.
+@dataclasses.dataclass(frozen=True)
+class Correction:
+    """r and d of batch renormalization, with the schedules of their bounds; None where a number is given.
 
     r = clip(sd(batch) / sd(state), 1/r_max, r_max),  d = clip((mean(batch) - mean(state)) / sd(state), -d_max, d_max)
     """
-    unset = target.var == -jnp.inf
-    running = jnp.where(unset, jnp.ones_like(target.var), target.var) + epsilon
-    r = jnp.sqrt((batch.var + epsilon) / running)
-    d = -deviation(target.mean, batch) * lax.rsqrt(running)
-    r = jnp.where(unset, jnp.ones_like(r), jnp.clip(r, 1 / target.r_max, target.r_max))
-    return r, jnp.where(unset, jnp.zeros_like(d), jnp.clip(d, -target.d_max, target.d_max))
+
+    r_max: Schedule | None
+    d_max: Schedule | None
+
+    def target(self, state: State, numbers: Numbers) -> Target:
+        """The state, and the bounds at its count."""
+        bounds = []
+        for name, schedule in (("r_max", self.r_max), ("d_max", self.d_max)):
+            bound = getattr(numbers, name)
+            if schedule is not None:
+                bound = _arguments.scheduled(name, schedule, state.count, jnp.float32)
+            bounds.append(jnp.broadcast_to(jnp.maximum(bound, _arguments.LEAST_BOUNDS[name]), state.mean.shape))
+        return Target(state.mean, state.var, *bounds)
+
+    def __call__(self, epsilon: float, batch: ShiftedMoments, target: Target) -> tuple[jax.Array, jax.Array]:
+        """r and d; 1 and 0 where the running statistics are unset."""
+        unset = target.var == -jnp.inf
+        running = jnp.where(unset, jnp.ones_like(target.var), target.var) + epsilon
+        r = jnp.sqrt((batch.var + epsilon) / running)
+        d = -deviation(target.mean, batch) * lax.rsqrt(running)
+        r = jnp.where(unset, jnp.ones_like(r), jnp.clip(r, 1 / target.r_max, target.r_max))
+        return r, jnp.where(unset, jnp.zeros_like(d), jnp.clip(d, -target.d_max, target.d_max))

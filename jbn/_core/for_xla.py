@@ -1,7 +1,4 @@
-"""Forms of the same values for one compiler's sake, each beside its plain twin. A reader of the algorithm may skip them.
-
-Every function here returns what its plain twin returns; the counts are of a whole training step of a ResNet-50.
-"""
+"""Forms of the same values for one compiler's sake, each beside its plain twin: the algorithm reads without them."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -9,13 +6,14 @@ from typing import Any
 
 import jax
 from jax import lax
+from jax.sharding import PartitionSpec
 
 _chosen: list[str] = []
 
 
 @contextlib.contextmanager
 def forms(platform: str) -> Iterator[None]:
-    """In place of each platform's own forms, those of this one: "cuda", "tpu", "cpu", or "plain" for the plain twins."""
+    """For tests: the forms of this platform everywhere ("cuda", "tpu", "cpu"), or the plain twins alone ("plain")."""
     jax.clear_caches()
     _chosen.append(platform)
     try:
@@ -26,30 +24,35 @@ def forms(platform: str) -> Iterator[None]:
 
 
 def by_platform(plain: Callable[..., Any], *operands: Any, **special: Callable[..., Any]) -> Any:
-    """plain(*operands), or on a platform that is named the form for it."""
+    """plain(*operands), or where a form for the platform is given by its name, what that gives."""
     if _chosen:
         return special.get(_chosen[-1], plain)(*operands)
     return lax.platform_dependent(*operands, default=plain, **special)
 
 
-def _same(values: Any) -> Any:
-    return values
+def hidden(values: Any, only_on: str | None = None) -> Any:
+    """The values, behind an optimization barrier on one platform or on all; the plain twin is the values.
 
-
-def hidden(values: Any) -> Any:
-    """The values, behind a barrier, so that XLA does not share what is made of them with what was made of them before.
-
-    Between the terms of an activation's tangent: a slope that the terms share becomes an array in memory (on an H200
-    0.987 of the time of Flax's step, 0.973 apart).
+    Between the terms of an activation's tangent, on all: else XLA merges the slopes of the terms into one array in
+    memory (0.987 of the time of Flax's step of a ResNet-50 on an H200; 0.973 with the barrier).
+    Around the result of a join, on a GPU: else XLA keeps a float32 copy of it for the shortcut of the next block (6.96
+    GiB of temporaries; 5.28 with it).
+    Around a bfloat16 cotangent that is summed, where no activation follows inside, on a GPU: XLA then fuses the other
+    sum with the mask of the relu that follows the norm (bytes 1.014 of Flax's; 0.994 with it).
     """
-    return _same(values) if _chosen == ["plain"] else lax.optimization_barrier(values)
+    if only_on is None:
+        return values if _chosen == ["plain"] else lax.optimization_barrier(values)
+    return by_platform(lambda values: values, values, **{only_on: lax.optimization_barrier})
 
 
-def hidden_on_gpu(values: Any) -> Any:
-    """The values, behind a barrier on a GPU alone.
-
-    Around the result of a join, once cast: XLA otherwise keeps a float32 copy of it for the next block's shortcut (6.96
-    GiB of temporaries in place of 5.28). Around the cotangent in bfloat16 that is summed, where no activation follows
-    inside: XLA then fuses the other sum with the relu behind the norm (bytes 0.994 of Flax's, 1.014 without).
-    """
-    return by_platform(_same, values, cuda=lax.optimization_barrier)
+def indexed_automatically(
+    function: Callable[[jax.Array], jax.Array], x: jax.Array, reduced: tuple[int, ...]
+) -> jax.Array:
+    """function(x), whose result has size 1 on the reduced axes; explicit sharding refuses to slice a sharded axis."""
+    sharding = jax.typeof(x).sharding
+    if not any(sharding.spec):
+        return function(x)
+    features = PartitionSpec(*(None if axis in reduced else names for axis, names in enumerate(sharding.spec)))
+    with jax.sharding.use_abstract_mesh(sharding.mesh):
+        automatic: Callable[..., Any] = jax.sharding.auto_axes(function, out_sharding=features)
+        return automatic(x)

@@ -137,7 +137,7 @@ def merge(*moments: Moments) -> Moments:
         _arguments.check_vectors("moments", part, shapes[0], "the shape of `moments.mean`")
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(Moments(*part) for part in moments))
     mean, var = (jnp.where(stacked.count > 0, leaf, jnp.zeros_like(leaf)) for leaf in (stacked.mean, stacked.var))
-    return by_feature(union_of_stacked(ShiftedMoments(mean, jnp.zeros_like(mean), var, stacked.count)), ())
+    return by_feature(union(ShiftedMoments(mean, None, var, stacked.count)), ())
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
@@ -152,9 +152,11 @@ def _moments(rule: Rule, x: jax.Array, mask: jax.Array | None) -> Moments:
 def of_batch(rule: Rule, x: jax.Array, mask: jax.Array | None) -> ShiftedMoments:
     """The moments of x over its reduced axes and over all who share; in one pass over x, with a mask in two."""
     if mask is None:
-        asked, by_row = (functools.partial(form, rule.reduced) for form in (_asked_afterwards, _about_a_row))
-        shift, offset, var = for_xla.by_platform(by_row, x, tpu=asked)
-        batch = ShiftedMoments(shift, offset, var, _size(x, rule.reduced))
+        size = math.prod(x.shape[axis] for axis in rule.reduced)
+        dtype = wide(x).dtype
+        count = np.asarray(size, dtype) if isinstance(size, int) else jnp.asarray(size, dtype)
+        by_row, asked = (functools.partial(form, rule.reduced, count) for form in (_about_a_row, _asked_afterwards))
+        batch = ShiftedMoments(*for_xla.by_platform(by_row, x, tpu=asked), count=count)
     else:
         batch = _of_valid(x, mask, rule.reduced)
     if rule.sharing is not None:
@@ -162,41 +164,37 @@ def of_batch(rule: Rule, x: jax.Array, mask: jax.Array | None) -> ShiftedMoments
     if x.dtype == jnp.bfloat16:
         batch = batch._replace(shift=mean_of(batch), offset=None)
     named = jax.tree.map(lambda vector: checkpoint_name(vector, NAME), batch[:3])
-    return ShiftedMoments(*named, batch.count)
+    return ShiftedMoments(*named, count=batch.count)
 
 
 def _about(shift: jax.Array, x: jax.Array, mask: jax.Array | None, count: Any, reduced: tuple[int, ...]) -> Any:
-    """The mean's offset from a shift, and the biased variance, whose error grows with offset**2 / var.
+    """The shift, the mean's offset from it, and the biased variance, whose error grows with offset**2 / var.
 
     z = x - shift,  offset = mean(z),  var = mean(z**2) - offset**2
     """
+    shift = lax.stop_gradient(shift)
     z = valid(wide(x) - shift, mask)
     offset, mean_square = (jnp.sum(v, reduced, keepdims=True) / count for v in (z, z * z))
-    return offset, jnp.maximum(mean_square - offset * offset, 0)
+    return shift, offset, jnp.maximum(mean_square - offset * offset, 0)
 
 
-def _about_a_row(reduced: tuple[int, ...], x: jax.Array) -> tuple[jax.Array, ...]:
-    """Moments about a value of the data."""
-    shift = lax.stop_gradient(near_the_data(x, reduced))
-    return shift, *_about(shift, x, None, _size(x, reduced), reduced)
+def _about_a_row(reduced: tuple[int, ...], count: Any, x: jax.Array) -> tuple[jax.Array, ...]:
+    """Moments about a value of the data, in one pass."""
+    row = for_xla.indexed_automatically(functools.partial(near_the_data, reduced=reduced), x, reduced)
+    return _about(row, x, None, count, reduced)
 
 
-def _asked_afterwards(reduced: tuple[int, ...], x: jax.Array) -> tuple[jax.Array, ...]:
+def _asked_afterwards(reduced: tuple[int, ...], count: Any, x: jax.Array) -> tuple[jax.Array, ...]:
     """Moments about 0, and again about their mean where digits were lost.
 
     On a TPU the sums about 0 ride on the convolution that makes x: a step of a ResNet-50 moves 0.99 of the bytes of
     Flax's in bfloat16, 1.055 about a row. On a GPU the host would wait for the answer (1.083 of the time of Flax's).
     """
-    count = _size(x, reduced)
     zero = jnp.zeros_like(jnp.sum(wide(x), reduced, keepdims=True))
-    offset, var = _about(zero, x, None, count, reduced)
+    zero, offset, var = _about(zero, x, None, count, reduced)
     lost = jnp.any(~(offset * offset <= 8 * var) | ~lax.is_finite(var))
-
-    def again(x: jax.Array, zero: jax.Array, offset: jax.Array, var: jax.Array) -> tuple[jax.Array, ...]:
-        shift = lax.stop_gradient(offset)
-        return shift, *_about(shift, x, None, count, reduced)
-
-    return lax.cond(lost, again, lambda x, zero, offset, var: (zero, offset, var), x, zero, offset, var)
+    again = lambda x, zero, offset, var: _about(offset, x, None, count, reduced)  # noqa: E731
+    return lax.cond(lost, again, lambda x, *first: first, x, zero, offset, var)
 
 
 def _of_valid(x: jax.Array, mask: jax.Array, reduced: tuple[int, ...]) -> ShiftedMoments:
@@ -205,8 +203,8 @@ def _of_valid(x: jax.Array, mask: jax.Array, reduced: tuple[int, ...]) -> Shifte
     repeats = math.prod(x.shape[axis] for axis in reduced if mask.shape[axis] == 1)
     count = jnp.sum(mask, reduced, keepdims=True, dtype=jnp.int32).astype(dtype) * repeats
     divisor = lax.max(count, jnp.ones_like(count))
-    shift = lax.stop_gradient(jnp.sum(valid(wide(x), mask), reduced, keepdims=True) / divisor)
-    return ShiftedMoments(shift, *_about(shift, x, mask, divisor, reduced), count)
+    mean = jnp.sum(valid(wide(x), mask), reduced, keepdims=True) / divisor
+    return ShiftedMoments(*_about(mean, x, mask, divisor, reduced), count=count)
 
 
 def near_the_data(x: jax.Array, reduced: tuple[int, ...]) -> jax.Array:
@@ -220,41 +218,32 @@ def near_the_data(x: jax.Array, reduced: tuple[int, ...]) -> jax.Array:
     inner = [axis for axis in reduced[1:] if isinstance(x.shape[axis], int) and x.shape[axis] >= 3]
     along = (inner or reduced)[0]
     size = x.shape[along] if isinstance(x.shape[along], int) else 1
-    # In two steps: a row cut out of x at once is a whole slab of x, sent to a neighbor, where `along` is split.
-    column = _sliced(x, {axis: 0 for axis in reduced if axis != along})
-    a, b, c = (wide(_sliced(column, {along: place})) for place in (size // 4, size // 2, 3 * size // 4))
+    # Along this axis last: where it is split, cutting a row out of x at once would send a slab of x to a neighbor.
+    for axis in reduced:
+        x = x if axis == along else lax.slice_in_dim(x, 0, 1, axis=axis)
+    a, b, c = (wide(lax.slice_in_dim(x, at, at + 1, axis=along)) for at in (size // 4, size // 2, 3 * size // 4))
     return lax.max(lax.min(a, b), lax.min(lax.max(a, b), c))
-
-
-def _sliced(x: jax.Array, places: dict[int, int]) -> jax.Array:
-    """x at one place on each of some axes, which keep size 1; static slices, since a gather costs more."""
-    start = [places.get(axis, 0) for axis in range(x.ndim)]
-    return lax.slice(x, start, [at + 1 if axis in places else x.shape[axis] for axis, at in enumerate(start)])
 
 
 def shared(sharing: Sharing, local: ShiftedMoments) -> ShiftedMoments:
     """The moments of the union of the parts of all who share, the same to each of them."""
     local = local._replace(count=jnp.broadcast_to(local.count, local.var.shape))
-    parts = every_part(sharing, local)
-    return union(local, functools.partial(sum_over, sharing)) if parts is None else union_of_stacked(parts)
+    parts = every_part(sharing, jax.tree.leaves(local))
+    return union(local, functools.partial(sum_over, sharing)) if parts is None else union(ShiftedMoments(*parts))
 
 
-def union_of_stacked(parts: Any) -> ShiftedMoments:
-    """The moments of the union of parts that are stacked along a first axis."""
-    parts = ShiftedMoments(*parts)
-    parts = parts._replace(count=jnp.broadcast_to(parts.count, parts.var.shape))
-    whole = union(parts, lambda arrays: [jnp.sum(array, axis=0, keepdims=True) for array in arrays])
-    return ShiftedMoments(*(value[0] for value in whole))
-
-
-def union(part: ShiftedMoments, add: Callable[[Sequence[jax.Array]], Sequence[jax.Array]]) -> ShiftedMoments:
-    """The moments of a union, where `add` sums over its parts.
+def union(part: ShiftedMoments, add: Callable[..., Sequence[jax.Array]] | None = None) -> ShiftedMoments:
+    """The moments of the union of parts, which `add` sums over; None: of those that are stacked along a first axis.
 
     n = sum(n_i),  center = sum(n_i * mean_i) / n,  d_i = mean_i - center,
     mean = center + sum(n_i * d_i) / n,  var = sum(n_i * (var_i + d_i**2)) / n - (sum(n_i * d_i) / n)**2
     """
+    if add is None:
+        part = part._replace(count=jnp.broadcast_to(part.count, part.var.shape))
+        whole = union(part, lambda arrays: [jnp.sum(array, axis=0, keepdims=True) for array in arrays])
+        return jax.tree.map(lambda value: value[0], whole)
     count, total = add((part.count, part.count * mean_of(part)))
-    divisor = lax.max(count, jnp.ones_like(count))
+    divisor = jnp.maximum(count, 1)
     # With one bit less, so that the compiler cannot fuse the division into one use and round it for another.
     form = jnp.finfo(total.dtype)
     center = lax.reduce_precision(lax.stop_gradient(total / divisor), form.nexp, form.nmant - 1)
@@ -293,9 +282,3 @@ def wide(x: jax.Array) -> jax.Array:
 def valid(x: jax.Array, mask: jax.Array | None) -> jax.Array:
     """x with 0 in masked places."""
     return x if mask is None else jnp.where(mask, x, jnp.zeros((), x.dtype))
-
-
-def _size(x: jax.Array, reduced: tuple[int, ...]) -> Any:
-    """The number of values behind each feature, which may be symbolic."""
-    size = math.prod(x.shape[axis] for axis in reduced)
-    return np.asarray(size, wide(x).dtype) if isinstance(size, int) else jnp.asarray(size, wide(x).dtype)

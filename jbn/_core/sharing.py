@@ -1,13 +1,13 @@
 """Sums over mapped axes: the devices of pmap and shard_map, the lanes of vmap; over all of an axis or in groups."""
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-from jbn._arguments import AxisName, Sharing
+from jbn._arguments import Sharing
 
 FEW = 16
 """Up to so many parts are sent whole: one collective more costs a device more than their bytes do."""
@@ -15,14 +15,13 @@ FEW = 16
 
 def sum_over(sharing: Sharing, arrays: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
     """Sums of arrays over those who share, by one collective."""
-    with _binding(sharing.axis_name):
-        row = _as_row(arrays)
-        if sharing.groups is None or _takes_groups(sharing):
-            return _as_arrays(_psum(row, sharing), arrays)
-        group_of, _ = _tables(sharing)
-        own = jnp.arange(len(sharing.groups)) == _own(group_of, sharing)
-        slots = jax.lax.psum(_rows_where(own, row[None]), sharing.axis_name)
-        return _as_arrays(jnp.sum(_rows_where(own, slots), axis=0), arrays)
+    name, groups = sharing
+    if groups is None or _takes_groups(sharing):
+        return _in_one_row(arrays, lambda row: lax.psum(row, name, axis_index_groups=groups))
+    group_of, _ = _places(sharing)
+    # A slot for each group, of which each reads its own.
+    own = jnp.arange(len(groups)) == jnp.asarray(group_of)[lax.axis_index(name)]
+    return _in_one_row(arrays, lambda row: jnp.sum(_where(own, lax.psum(_where(own, row[None]), name)), axis=0))
 
 
 def every_part(sharing: Sharing, arrays: Sequence[jax.Array]) -> tuple[jax.Array, ...] | None:
@@ -31,23 +30,17 @@ def every_part(sharing: Sharing, arrays: Sequence[jax.Array]) -> tuple[jax.Array
     Each writes into a slot of its own, and zeros stand for who does not share. That sends as many rows as there are
     slots, so that two sums send less where there are many.
     """
-    with _binding(sharing.axis_name):
-        group_of, seat_of = _tables(sharing)
-        apart = sharing.groups is None or _takes_groups(sharing)
-        slots = int(max(seat_of)) + 1 if apart else len(group_of)
-        if slots > FEW:
-            return None
-        slot = _own(seat_of, sharing) if apart else jax.lax.axis_index(sharing.axis_name)
-        written = _rows_where(jnp.arange(slots) == slot, _as_row(arrays)[None])
-        if apart:
-            return _as_arrays(_psum(written, sharing), arrays)
-        parts = jax.lax.psum(written, sharing.axis_name)
-        return _as_arrays(_rows_where(jnp.asarray(group_of) == _own(group_of, sharing), parts), arrays)
-
-
-def _psum(array: jax.Array, sharing: Sharing) -> jax.Array:
-    groups = sharing.groups and [list(group) for group in sharing.groups]
-    return jax.lax.psum(array, sharing.axis_name, axis_index_groups=groups)
+    name, groups = sharing
+    group_of, seat_of = _places(sharing)
+    here = lax.axis_index(name)
+    if groups is None or _takes_groups(sharing):
+        slots = jnp.arange(max(seat_of) + 1) == jnp.asarray(seat_of)[here]
+        collective = lambda row: lax.psum(_where(slots, row[None]), name, axis_index_groups=groups)  # noqa: E731
+    else:
+        slots = jnp.arange(len(group_of)) == here
+        own = jnp.asarray(group_of) == jnp.asarray(group_of)[here]
+        collective = lambda row: _where(own, lax.psum(_where(slots, row[None]), name))  # noqa: E731
+    return None if len(slots) > FEW else _in_one_row(arrays, collective)
 
 
 def _takes_groups(sharing: Sharing) -> bool:
@@ -56,54 +49,26 @@ def _takes_groups(sharing: Sharing) -> bool:
     if sharing.groups is None or len(set(map(len, sharing.groups))) > 1:
         return False
     manual = sharing.axis_name in jax.sharding.get_abstract_mesh().manual_axes
-    return manual and jax.typeof(jax.lax.axis_index(sharing.axis_name)) == jax.typeof(jnp.int32(0))
+    return manual and jax.typeof(lax.axis_index(sharing.axis_name)) == jax.typeof(jnp.int32(0))
 
 
-def _tables(sharing: Sharing) -> tuple[np.ndarray, np.ndarray]:
+def _places(sharing: Sharing) -> tuple[np.ndarray, np.ndarray]:
     """The number of each place's group, and its seat in it."""
-    size = jax.lax.axis_size(sharing.axis_name)
-    groups = (tuple(range(size)),) if sharing.groups is None else sharing.groups
-    places = sum(map(len, groups))
-    if size != places:
-        raise ValueError(
-            f"`axis_index_groups` is {[list(group) for group in groups]}, which has {places} places, but the axis "
-            f"{sharing.axis_name!r} has {size}: expected each place from 0 to {size - 1} once."
-        )
+    size = lax.axis_size(sharing.axis_name)
     group_of, seat_of = np.zeros(size, np.int32), np.zeros(size, np.int32)
-    for number, group in enumerate(groups):
+    for number, group in enumerate(sharing.groups or [range(size)]):
         group_of[list(group)] = number
         seat_of[list(group)] = np.arange(len(group))
     return group_of, seat_of
 
 
-def _own(table: np.ndarray, sharing: Sharing) -> jax.Array:
-    """One's own entry."""
-    return jnp.asarray(table)[jax.lax.axis_index(sharing.axis_name)]
-
-
-def _rows_where(chosen: jax.Array, rows: jax.Array) -> jax.Array:
+def _where(chosen: jax.Array, rows: jax.Array) -> jax.Array:
+    """The rows that are chosen, and 0 in place of the others, whatever they hold."""
     return jnp.where(chosen[:, None], rows, jnp.zeros((), rows.dtype))
 
 
-def _as_row(arrays: Sequence[jax.Array]) -> jax.Array:
-    return jnp.concatenate([jnp.ravel(array) for array in arrays])
-
-
-def _as_arrays(row: jax.Array, like: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-    """The last axis of a row, or of rows, cut into arrays of these shapes."""
-    ends = np.cumsum([array.size for array in like])[:-1]
-    cut = jnp.split(row, ends, axis=-1)
-    return tuple(part.reshape(*row.shape[:-1], *array.shape) for part, array in zip(cut, like, strict=True))
-
-
-@contextlib.contextmanager
-def _binding(axis_name: AxisName) -> Iterator[None]:
-    """An axis that nothing binds is an error that says what to wrap."""
-    try:
-        yield
-    except NameError:
-        raise NameError(
-            f"`axis_name` is {axis_name!r}, which no surrounding transformation binds: call inside "
-            f"jax.shard_map, jax.vmap(..., axis_name={axis_name!r}) or jax.pmap(..., axis_name={axis_name!r}), "
-            "or leave `axis_name` out. Under plain jit with a sharded batch it is not needed."
-        ) from None
+def _in_one_row(arrays: Sequence[jax.Array], collective: Callable[[jax.Array], jax.Array]) -> tuple[jax.Array, ...]:
+    """What a collective makes of arrays that are sent as one row: a row, or rows, cut into arrays of their shapes."""
+    rows = collective(jnp.concatenate([jnp.ravel(array) for array in arrays]))
+    cut = jnp.split(rows, np.cumsum([array.size for array in arrays])[:-1], axis=-1)
+    return tuple(part.reshape(*rows.shape[:-1], *array.shape) for part, array in zip(cut, arrays, strict=True))

@@ -32,9 +32,9 @@ from jbn._core.sharing import sum_over
 class Inputs(NamedTuple):
     """What is normalized: x, which of its values count, and what is added before the activation."""
 
-    x: jax.Array
-    mask: jax.Array | None
-    shortcut: jax.Array | None
+    x: Any
+    mask: Any
+    shortcut: Any
 
 
 class Affine(NamedTuple):
@@ -74,7 +74,7 @@ def transform(rule: Rule, inputs: Inputs, batch: ShiftedMoments, rstd: jax.Array
     if rule.activation is not None:
         out = rule.activation(out)
     out = valid(out.astype(rule.dtype), mask)
-    return out if shortcut is None else for_xla.hidden_on_gpu(out)
+    return out if shortcut is None else for_xla.hidden(out, "cuda")
 
 
 @standardize.defjvp
@@ -95,7 +95,10 @@ def _tangent(rule: Rule, kept: Kept, inputs_t: Inputs, affine_t: Affine) -> Any:
     """The tangents of the result and of the moments, linear in those of x, shortcut, scale and bias."""
     x, mask, _ = kept.inputs
     xc, t, a = deviation(valid(x, mask), kept.batch), wide(valid(inputs_t.x, mask)), kept.affine.scale * kept.rstd
-    mean_t, covariance = _means(rule, kept.batch, (t, xc * t))
+    sums = [jnp.sum(array, rule.reduced, keepdims=True) for array in (t, xc * t)]
+    sums = sums if rule.sharing is None else sum_over(rule.sharing, sums)
+    count = kept.batch.count if jnp.ndim(kept.batch.count) == 0 else jnp.maximum(kept.batch.count, 1)
+    mean_t, covariance = (total / count for total in sums)
     constant = affine_t.bias - a * mean_t
     along = (affine_t.scale - a * kept.rstd * covariance) * kept.rstd
     terms = a * t, xc * along, jnp.broadcast_to(constant, x.shape)
@@ -103,25 +106,17 @@ def _tangent(rule: Rule, kept: Kept, inputs_t: Inputs, affine_t: Affine) -> Any:
     if rule.activation is None or kept.result is not None:
         out_t = _joined(rule, x, kept.result, terms, shortcut_t)
     else:
-        out_t = _activated(rule, kept, xc, Affine(a, kept.affine.bias), terms, shortcut_t)
+        out_t = _activated(rule, kept.inputs, (xc, Affine(a, kept.affine.bias)), terms, shortcut_t)
     shift_t = jnp.zeros_like(kept.batch.shift)
     pair_t = (mean_t, None) if kept.batch.offset is None else (shift_t, mean_t)
     batch_t = ShiftedMoments(*pair_t, 2 * covariance, jnp.zeros_like(kept.batch.count))
     return valid(out_t, mask), batch_t, -covariance * kept.rstd**3
 
 
-def _means(rule: Rule, batch: ShiftedMoments, arrays: tuple[jax.Array, ...]) -> list[jax.Array]:
-    """Means over the batch and over all who share."""
-    sums = [jnp.sum(array, rule.reduced, keepdims=True) for array in arrays]
-    sums = sums if rule.sharing is None else sum_over(rule.sharing, sums)
-    count = batch.count if jnp.ndim(batch.count) == 0 else jnp.maximum(batch.count, 1)
-    return [value / count for value in sums]
-
-
 def _joined(rule: Rule, x: jax.Array, result: Any, terms: Any, shortcut_t: Any) -> jax.Array:
     """The tangent without an activation, or with relu, whose slope is 1 where its result is positive."""
     if result is None and x.dtype == jnp.bfloat16:
-        out_t = (terms[0] + terms[1]).astype(rule.dtype) + for_xla.hidden_on_gpu(terms[2].astype(rule.dtype))
+        out_t = (terms[0] + terms[1]).astype(rule.dtype) + for_xla.hidden(terms[2].astype(rule.dtype), "cuda")
     else:
         out_t = (terms[0] + terms[1] + terms[2]).astype(rule.dtype)
     if shortcut_t is not None:
@@ -129,16 +124,17 @@ def _joined(rule: Rule, x: jax.Array, result: Any, terms: Any, shortcut_t: Any) 
     return out_t if result is None else jnp.where(result > 0, out_t, jnp.zeros_like(out_t))
 
 
-def _activated(rule: Rule, kept: Kept, xc: jax.Array, affine: Affine, terms: Any, shortcut_t: Any) -> jax.Array:
+def _activated(rule: Rule, inputs: Inputs, line: tuple[jax.Array, Affine], terms: Any, shortcut_t: Any) -> jax.Array:
     """The tangent with an activation: each term by a slope of its own, since one that they share would be an array."""
-    shortcut = kept.inputs.shortcut
+    _, mask, shortcut = inputs
+    xc, affine = line
     if shortcut_t is not None:
         terms = (terms[0] + terms[1] + terms[2] + wide(shortcut_t),)
     tangents = []
     for number, term in enumerate(terms):
         affine = for_xla.hidden(affine) if number else affine
         before = xc * affine.scale + affine.bias
-        before = before if shortcut is None else before + wide(valid(shortcut, kept.inputs.mask))
+        before = before if shortcut is None else before + wide(valid(shortcut, mask))
         tangents.append(jax.jvp(rule.activation, (before,), (term,))[1])
     return functools.reduce(jnp.add, tangents).astype(rule.dtype)
 

@@ -1,6 +1,5 @@
 """What is learned and what is remembered: Params, State, their start, and the update of the running statistics."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -51,7 +50,7 @@ class State(NamedTuple):
 
     mean: jax.Array
     var: jax.Array
-    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]  optax's word, dearer than tuple.count
+    count: Any  # pyright: ignore[reportIncompatibleMethodOverride]  optax's word, dearer than tuple.count
 
 
 def init(features: int | Sequence[int], dtype: Any = jnp.float32) -> tuple[Params, State]:
@@ -126,44 +125,35 @@ def update(state: State, moments: Moments, *, momentum: float | Schedule = 0.99,
     for name, vectors in (("state", state), ("moments", moments)):
         _arguments.check_vectors(name, vectors, features, "the shape of `state.mean`")
     average, kept = _arguments.checked_average(momentum, running_var, state, True)
-    return _updated(average, state, moments, kept)
+    return _updated(average, state, moments, kept, True)
 
 
-@functools.partial(jax.jit, static_argnums=0, inline=True)
-def _updated(average: Average, old: State, batch: Moments, kept: Any) -> State:
-    return updated(average, old, batch, kept, counted=True)
-
-
-def updated(average: Average, old: State, batch: Moments, kept: Any, *, counted: bool) -> State:
-    """The state after a batch, feature by feature; `counted` if a feature may have too few values.
+def updated(average: Average, old: State, batch: Moments, kept: Any, counted: bool) -> State:
+    """The state after a batch, feature by feature; `counted` if a feature may have no value.
 
     new = kept * old + (1 - kept) * batch
     """
     dtype = jnp.result_type(old.mean)
     batch = Moments(*(_placed_as(old.mean, lax.convert_element_type(value, dtype)) for value in batch))
-    kept = kept_at(average, kept, old.count, dtype)
+    if average.schedule is not None:
+        kept = jnp.clip(_arguments.scheduled("momentum", average.schedule, old.count, dtype), 0, 1)
     # Selected before any arithmetic, since -inf would make NaN.
     unset = old.var == -jnp.inf
     mean, var = (lax.select(unset, value, start) for value, start in zip(batch[:2], old[:2], strict=True))
-    taken = batch.var
+    taken, least = batch.var, 0
     if average.running_var == "unbiased":
-        taken = jnp.where(unset, taken, taken * (batch.count / lax.max(batch.count - 1, jnp.ones_like(batch.count))))
+        taken = lax.select(unset, taken, taken * (batch.count / jnp.maximum(batch.count - 1, 1)))
+        counted, least = True, 1
     new_mean, new_var = _moved(average, kept, (mean, var), (batch.mean, taken))
     if average.running_var == "total":
         new_var = new_var + kept * (1 - kept) * jnp.square(batch.mean - mean)
     good = lax.is_finite(new_mean) & lax.is_finite(new_var)
-    if counted or average.running_var == "unbiased":
-        good = good & (batch.count > (1 if average.running_var == "unbiased" else 0))
+    good = good & (batch.count > least) if counted else good
     count = None if old.count is None else old.count + good.astype(old.count.dtype)
-    new = State(lax.select(good, new_mean, old.mean), lax.select(good, new_var, old.var), count)
-    return lax.stop_gradient(new)
+    return lax.stop_gradient(State(lax.select(good, new_mean, old.mean), lax.select(good, new_var, old.var), count))
 
 
-def kept_at(average: Average, kept: Any, count: Any, dtype: Any) -> Any:
-    """The momentum of this update: a number, or for each feature what the schedule gives at its count."""
-    if average.schedule is None:
-        return kept
-    return jnp.clip(_arguments.scheduled("momentum", average.schedule, count, dtype), 0, 1)
+_updated = jax.jit(updated, static_argnums=(0, 4), inline=True)
 
 
 def _moved(average: Average, kept: Any, old: Sequence[jax.Array], batch: Sequence[jax.Array]) -> list[jax.Array]:

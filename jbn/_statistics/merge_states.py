@@ -10,7 +10,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jbn import _arguments
-from jbn._core.moments import ShiftedMoments, mean_of, union_of_stacked
+from jbn._core.moments import ShiftedMoments, mean_of, union
 from jbn._core.state import State
 
 
@@ -60,7 +60,7 @@ def merge_states(*states: State, weights: Sequence[ArrayLike] | None = None) -> 
     weight = _checked_weights(weights, len(states), dtype).reshape(-1, *[1] * (mean.ndim - 1))
     weight = jnp.where(jnp.isneginf(var), jnp.zeros((), dtype), weight)
     mean, var = (jnp.where(weight > 0, leaf, jnp.zeros((), dtype)) for leaf in (mean, var))
-    merged = union_of_stacked(ShiftedMoments(shift=mean, offset=None, var=var, count=weight))
+    merged = union(ShiftedMoments(shift=mean, offset=None, var=var, count=weight))
     known = merged.count > 0
     state = State(
         mean=jnp.where(known, mean_of(merged), jnp.zeros((), dtype)),
