@@ -155,7 +155,7 @@ def by_batch(rule: Rule, params: Params, state: State, inputs: Inputs, numbers: 
     within, cut = (rule, inputs) if rule.ghosts is None else _in_ghost_batches(rule, inputs)
     target = None
     if rule.correction is not None:
-        target = jax.tree.map(lambda vector: aligned(within, vector, cut.x), rule.correction.target(state, numbers))
+        target = jax.tree.map(lambda vector: aligned(within, vector, cut.x), state), numbers
     affine = Affine(aligned(within, params.scale, cut.x, 1), aligned(within, params.bias, cut.x, 0))
     out, batch, _ = standardize(within, cut, affine, target)
     if rule.ghosts is not None:

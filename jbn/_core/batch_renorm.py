@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -120,18 +120,9 @@ def batch_renorm(
     return by_batch(rule, params, state, inputs, numbers)
 
 
-class Target(NamedTuple):
-    """The running statistics that the correction leads to, and its bounds, of the feature shape."""
-
-    mean: jax.Array
-    var: jax.Array
-    r_max: jax.Array
-    d_max: jax.Array
-
-
 @dataclasses.dataclass(frozen=True)
 class Correction:
-    """r and d of batch renormalization, with the schedules of their bounds; None where a number is given.
+    """r and d of batch renormalization, with the schedules of their bounds; None where the bound is a number.
 
     r = clip(sd(batch) / sd(state), 1/r_max, r_max),  d = clip((mean(batch) - mean(state)) / sd(state), -d_max, d_max)
     """
@@ -139,21 +130,16 @@ class Correction:
     r_max: Schedule | None
     d_max: Schedule | None
 
-    def target(self, state: State, numbers: Numbers) -> Target:
-        """The state, and the bounds at its count."""
+    def __call__(self, epsilon: float, batch: ShiftedMoments, state: State, numbers: Numbers) -> tuple[jax.Array, ...]:
+        """r and d; 1 and 0 where the running statistics are unset."""
+        unset = state.var == -jnp.inf
+        running = jnp.where(unset, jnp.ones_like(state.var), state.var) + epsilon
+        r = jnp.sqrt((batch.var + epsilon) / running)
+        d = -deviation(state.mean, batch) * lax.rsqrt(running)
         bounds = []
         for name, schedule in (("r_max", self.r_max), ("d_max", self.d_max)):
             bound = getattr(numbers, name)
-            if schedule is not None:
-                bound = _arguments.scheduled(name, schedule, state.count, jnp.float32)
-            bounds.append(jnp.broadcast_to(jnp.maximum(bound, _arguments.LEAST_BOUNDS[name]), state.mean.shape))
-        return Target(state.mean, state.var, *bounds)
-
-    def __call__(self, epsilon: float, batch: ShiftedMoments, target: Target) -> tuple[jax.Array, jax.Array]:
-        """r and d; 1 and 0 where the running statistics are unset."""
-        unset = target.var == -jnp.inf
-        running = jnp.where(unset, jnp.ones_like(target.var), target.var) + epsilon
-        r = jnp.sqrt((batch.var + epsilon) / running)
-        d = -deviation(target.mean, batch) * lax.rsqrt(running)
-        r = jnp.where(unset, jnp.ones_like(r), jnp.clip(r, 1 / target.r_max, target.r_max))
-        return r, jnp.where(unset, jnp.zeros_like(d), jnp.clip(d, -target.d_max, target.d_max))
+            bound = bound if schedule is None else _arguments.scheduled(name, schedule, state.count, jnp.float32)
+            bounds.append(jnp.maximum(bound, _arguments.LEAST_BOUNDS[name]).astype(r.dtype))
+        r = jnp.where(unset, jnp.ones_like(r), jnp.clip(r, 1 / bounds[0], bounds[0]))
+        return r, jnp.where(unset, jnp.zeros_like(d), jnp.clip(d, -bounds[1], bounds[1]))

@@ -193,7 +193,7 @@ def _asked_afterwards(reduced: tuple[int, ...], count: Any, x: jax.Array) -> tup
     zero = jnp.zeros_like(jnp.sum(wide(x), reduced, keepdims=True))
     zero, offset, var = _about(zero, x, None, count, reduced)
     lost = jnp.any(~(offset * offset <= 8 * var) | ~lax.is_finite(var))
-    again = lambda x, zero, offset, var: _about(offset, x, None, count, reduced)  # noqa: E731
+    again = lambda x, zero, offset, var: _about(for_xla.rounded_once(offset), x, None, count, reduced)  # noqa: E731
     return lax.cond(lost, again, lambda x, *first: first, x, zero, offset, var)
 
 
@@ -203,7 +203,7 @@ def _of_valid(x: jax.Array, mask: jax.Array, reduced: tuple[int, ...]) -> Shifte
     repeats = math.prod(x.shape[axis] for axis in reduced if mask.shape[axis] == 1)
     count = jnp.sum(mask, reduced, keepdims=True, dtype=jnp.int32).astype(dtype) * repeats
     divisor = lax.max(count, jnp.ones_like(count))
-    mean = jnp.sum(valid(wide(x), mask), reduced, keepdims=True) / divisor
+    mean = for_xla.rounded_once(jnp.sum(valid(wide(x), mask), reduced, keepdims=True) / divisor)
     return ShiftedMoments(*_about(mean, x, mask, divisor, reduced), count=count)
 
 
@@ -227,7 +227,7 @@ def near_the_data(x: jax.Array, reduced: tuple[int, ...]) -> jax.Array:
 
 def shared(sharing: Sharing, local: ShiftedMoments) -> ShiftedMoments:
     """The moments of the union of the parts of all who share, the same to each of them."""
-    local = local._replace(count=jnp.broadcast_to(local.count, local.var.shape))
+    local = local._replace(count=jnp.reshape(local.count, local.count.shape or (1,) * local.var.ndim))
     parts = every_part(sharing, jax.tree.leaves(local))
     return union(local, functools.partial(sum_over, sharing)) if parts is None else union(ShiftedMoments(*parts))
 
@@ -239,14 +239,12 @@ def union(part: ShiftedMoments, add: Callable[..., Sequence[jax.Array]] | None =
     mean = center + sum(n_i * d_i) / n,  var = sum(n_i * (var_i + d_i**2)) / n - (sum(n_i * d_i) / n)**2
     """
     if add is None:
-        part = part._replace(count=jnp.broadcast_to(part.count, part.var.shape))
+        part = part._replace(count=jnp.zeros_like(part.var) + part.count)
         whole = union(part, lambda arrays: [jnp.sum(array, axis=0, keepdims=True) for array in arrays])
         return jax.tree.map(lambda value: value[0], whole)
     count, total = add((part.count, part.count * mean_of(part)))
     divisor = jnp.maximum(count, 1)
-    # With one bit less, so that the compiler cannot fuse the division into one use and round it for another.
-    form = jnp.finfo(total.dtype)
-    center = lax.reduce_precision(lax.stop_gradient(total / divisor), form.nexp, form.nmant - 1)
+    center = for_xla.rounded_once(lax.stop_gradient(total / divisor))
     distance = part.shift - center if part.offset is None else (part.shift - center) + part.offset
     distance = jnp.where(part.count > 0, distance, jnp.zeros_like(distance))
     sums = add((part.count * distance, part.count * (part.var + distance * distance)))

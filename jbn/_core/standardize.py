@@ -143,10 +143,10 @@ def _corrected(rule: Rule, batch: ShiftedMoments, target: Any) -> Callable[[Affi
     """What makes of scale and bias those that act on xhat as the given ones do on xhat * r + d."""
     if target is None:
         return lambda affine: affine
-    r, d = rule.correction(rule.epsilon, lax.stop_gradient(batch), target)
+    r, d = rule.correction(rule.epsilon, lax.stop_gradient(batch), *target)
     return lambda affine: Affine(r * affine.scale, d * affine.scale + affine.bias)
 
 
 def reciprocal_deviation(var: jax.Array, epsilon: float) -> jax.Array:
     """1 / sqrt(var + epsilon); NaN for an infinite variance, since 0 would make all of x alike without a warning."""
-    return lax.select(var < jnp.inf, lax.rsqrt(var + epsilon), jnp.full_like(var, jnp.nan))
+    return lax.select(var < jnp.inf, lax.rsqrt(var + epsilon), var * jnp.nan)
