@@ -65,9 +65,11 @@ def apply(
         optional.update({name: getattr(module, name) for name in names})
     x = inputs["x"]
     axes = _arguments.checked_axes(module.axis, x.ndim, "axis")
-    check_shapes(module, x, axes.features(x.shape), mean=state.mean, var=state.var, **params._asdict())
-    for name in ("mean", "var"):
-        _arguments.checked_state_dtype(f"{name}.dtype", getattr(state, name).dtype)
+    check_shapes(module, x, axes.features(x.shape), **state._asdict(), **params._asdict())
+    if train:
+        for name, vector in state._asdict().items():
+            if vector is not None:
+                _arguments.checked_state_dtype(f"{name}.dtype", vector.dtype)
     return call(
         params,
         state,
@@ -87,7 +89,8 @@ def check_shapes(module: Any, x: jax.Array, features: tuple[int, ...], **variabl
     """Variables, loaded or initialized, fit the input."""
     for name, vector in variables.items():
         if vector is not None and vector.shape != features:
+            mend = "; jbn.upgrade(tree) gives each feature of older statistics its count" if name == "count" else ""
             raise ValueError(
                 f"`{name}` has shape {vector.shape}: expected {features}, as x of shape {x.shape} has it on `axis` "
-                f"{module.axis}."
+                f"{module.axis}{mend}."
             )

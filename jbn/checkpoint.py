@@ -11,6 +11,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import serialization
 
+from jbn._statistics import nodes
+from jbn._statistics.upgrade import for_each_feature
+
 NUMBERS = bool | int | float | complex
 ORBAX_MARK = "_METADATA"
 Leaves = dict[tuple[str, ...], Any]
@@ -21,7 +24,9 @@ def restore(path: str | Path, target: Any) -> Any:
 
     restore(saved(tree), tree) = tree
 
-    Neither format keeps the types of jbn: both write `Params` and `State` as dicts, and the target brings them back.
+    Neither format keeps the types of jbn: both write `Params` and `State` as dicts, and the target brings them back. A
+    count that jbn 0.1 wrote, one for all features of a norm, is raised as by `jbn.upgrade` where the target has one for
+    each feature.
 
     Args:
         path: a directory that `orbax.checkpoint.StandardCheckpointer` wrote, which in a `CheckpointManager`'s is
@@ -57,8 +62,10 @@ def restore(path: str | Path, target: Any) -> Any:
     path, expected = _existing(path), _checked_target(target)
     opened = _opened_orbax if path.is_dir() else _opened_bytes
     stored, load = _whole(path, lambda: opened(path))
-    _check_same(path, stored, expected)
-    loaded = _whole(path, lambda: load(expected))
+    old = _old_counts(target, expected, stored)
+    _check_same(path, stored | {where: expected[where] for where in old}, expected)
+    loaded = _whole(path, lambda: load(expected | old))
+    loaded |= {where: _raised(loaded[where], expected[where], placed=path.is_dir()) for where in old}
     # What was loaded too, since orbax casts to what it is asked for.
     _check_same(path, loaded, expected)
     return jax.tree.structure(target).unflatten([loaded[where] for where in expected])
@@ -214,6 +221,30 @@ def _check_same(path: Path, given: Leaves, expected: Leaves) -> None:
     if found:
         listed = "\n  ".join(found)
         raise ValueError(f"the checkpoint at `path` {path} is not one of `target`:\n  {listed}")
+
+
+def _old_counts(target: Any, expected: Leaves, stored: Leaves) -> Leaves:
+    """Shape and dtype of the counts of jbn 0.1, int32: one for all features of a norm, one for each norm of a stack."""
+    wheres, old = list(expected), {}
+    for fields in nodes.places(target).values():
+        where = wheres[fields.get("count", fields["mean"])]
+        if "count" not in fields or where not in stored:
+            continue
+        (shape, dtype), wanted = _described(stored[where]), _described(expected[where])
+        features, _ = _described(expected[wheres[fields["mean"]]])
+        if dtype == np.int32 and wanted == (features, np.float32) and shape == features[: len(shape)]:
+            old[where] = jax.ShapeDtypeStruct(shape, dtype)
+    return old
+
+
+def _raised(count: Any, leaf: Any, placed: bool) -> Any:
+    """A count of jbn 0.1 for each feature, where and of the kind that the target has it if arrays are placed so."""
+    raised = for_each_feature(jnp.asarray(count), leaf)
+    if not placed:
+        return raised
+    if isinstance(leaf, np.ndarray):
+        return np.asarray(raised)
+    return raised if leaf.sharding is None else jax.device_put(raised, leaf.sharding)
 
 
 def _checked_target(target: Any) -> Leaves:

@@ -19,16 +19,17 @@ from jbn.momentum import Schedule
 class BatchNorm(nn.Module):
     """`flax.linen.BatchNorm` by its own names, with the arithmetic and the options of `jbn.batch_norm`.
 
-    out = activation((x - mean) / sqrt(var + epsilon) * scale + bias)
+    out = activation((x - mean) / sqrt(var + epsilon) * scale + bias + shortcut)
 
     Variables are those of Flax, float32 `mean` and `var` in `batch_stats`, `scale` and `bias` in `params`, so that
-    checkpoints of either load into the other. A momentum schedule adds `count`, an int32 scalar in `batch_stats`.
+    checkpoints of either load into the other. A momentum schedule adds `count` to `batch_stats`, the updates that each
+    feature has had, float32 and of the shape of `mean`.
     Initialization does not update statistics, needs no bound `axis_name`, and takes the batch as one ghost batch.
 
     Attributes:
         use_running_average: True normalizes by the running statistics; here or at the call.
         axis: the axis, or axes, that have statistics of their own.
-        momentum: share of the old value kept at an update, or a schedule from the count of updates to it.
+        momentum: share of the old value kept at an update, or a schedule from a feature's count of updates to it.
         epsilon: added to the variance.
         dtype: dtype of the result; None is the one to which x, scale and bias promote, as in Flax.
         param_dtype: dtype of scale and bias.
@@ -42,7 +43,7 @@ class BatchNorm(nn.Module):
         force_float32_reductions: refused, since reductions are in float32 at least.
         running_var: which variance the running average takes: "biased", "unbiased" or "total".
         ghost_batch_size: normalize groups of this many examples on their own.
-        activation: elementwise function, applied in float32 before the cast to `dtype`.
+        activation: elementwise function, applied in float32 before the cast to `dtype`; it captures nothing traced.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -141,22 +142,22 @@ class BatchNorm(nn.Module):
             raise ValueError(
                 "`batch_stats` has `mean` and `var` but no `count`, which a schedule reads: from a count of 0, one of "
                 "`momentum` would overwrite them. Say how many updates they stand for by "
-                "jbn.convert.split(variables, 'linen', count=...) and jbn.convert.join(..., with_count=True), where "
-                "layers under nn.scan need a count each; or give numbers for schedules."
+                "jbn.convert.split(variables, 'linen', count=...) and jbn.convert.join(..., with_count=True); or give "
+                "numbers for schedules."
             )
 
 
 class BatchRenorm(BatchNorm):
     """Batch renormalization: `BatchNorm` whose training output is corrected towards the running statistics.
 
-    out = activation((xhat * r + d) * scale + bias), r and d clipped as in `jbn.batch_renorm`
+    out = activation((xhat * r + d) * scale + bias + shortcut), r and d clipped as in `jbn.batch_renorm`
 
     It has the attributes of `BatchNorm`, and stores its variables, with a `count` where a bound or the momentum is a
     schedule.
 
     Attributes:
-        r_max: bound of r, at least 1, or a schedule from the count of updates to it; 1 for the first 5,000 updates,
-            then up to 3 at 40,000.
+        r_max: bound of r, at least 1, or a schedule from a feature's count of updates to it; 1 for the first 5,000
+            updates, then up to 3 at 40,000.
         d_max: bound of d, at least 0, or a schedule; 0 for the first 5,000 updates, then up to 5 at 25,000.
 
     Example:

@@ -21,18 +21,18 @@ from jbn.momentum import Schedule
 class BatchNorm(nnx.Module):
     """`flax.nnx.BatchNorm` by its own names, with the arithmetic and the options of `jbn.batch_norm`.
 
-    out = activation((x - mean) / sqrt(var + epsilon) * scale + bias)
+    out = activation((x - mean) / sqrt(var + epsilon) * scale + bias + shortcut)
 
     Variables are those of Flax, float32 `mean` and `var` as `nnx.BatchStat`, `scale` and `bias` as `nnx.Param`, so that
-    checkpoints of either load into the other. A momentum schedule adds `count`, an int32 scalar `nnx.BatchStat`: after
-    loading statistics without one, set it to the updates that they stand for, as in `norm.count[...] = 10_000`, or the
-    schedule starts from 0 and overwrites them.
+    checkpoints of either load into the other. A momentum schedule adds `count`, an `nnx.BatchStat` of the updates that
+    each feature has had, float32 and of the shape of `mean`. After loading statistics without one, set it to the
+    updates that they stand for, as in `norm.count[...] = 10_000`, or the schedule starts from 0 and overwrites them.
 
     Args:
         num_features: the number of features, or their shape where several axes have statistics of their own.
         use_running_average: True normalizes by the running statistics; the call, `train()` and `eval()` override it.
         axis: the axis, or axes, that have statistics of their own.
-        momentum: share of the old value kept at an update, or a schedule from the count of updates to it.
+        momentum: share of the old value kept at an update, or a schedule from a feature's count of updates to it.
         epsilon: added to the variance.
         dtype: dtype of the result; None is the one to which x, the statistics, scale and bias promote, as in Flax.
         param_dtype: dtype of scale and bias.
@@ -46,7 +46,7 @@ class BatchNorm(nnx.Module):
         promote_dtype: refused, since the arithmetic is in float32 at least.
         running_var: which variance the running average takes: "biased", "unbiased" or "total".
         ghost_batch_size: normalize groups of this many examples on their own.
-        activation: elementwise function, applied in float32 before the cast to `dtype`.
+        activation: elementwise function, applied in float32 before the cast to `dtype`; it captures nothing traced.
         rngs: key of the initializers.
         bias_metadata: metadata of the bias variable.
         scale_metadata: metadata of the scale variable.
@@ -156,7 +156,8 @@ class BatchNorm(nnx.Module):
                 "schedule at construction."
             )
         params = Params(*(None if param is None else param[...] for param in (self.scale, self.bias)))
-        state = State(self.mean[...], self.var[...], None if self.count is None else self.count[...])
+        count = None if averaged or self.count is None else self.count[...]
+        state = State(self.mean[...], self.var[...], count)
         promoted = [array for array in (x, state.mean, state.var, *params) if array is not None]
         dtype = canonicalize_dtype(*promoted, dtype=self.dtype)
         inputs = {"x": x, "mask": mask, "shortcut": shortcut}
@@ -193,14 +194,14 @@ class BatchNorm(nnx.Module):
 class BatchRenorm(BatchNorm):
     """Batch renormalization: `BatchNorm` whose training output is corrected towards the running statistics.
 
-    out = activation((xhat * r + d) * scale + bias), r and d clipped as in `jbn.batch_renorm`
+    out = activation((xhat * r + d) * scale + bias + shortcut), r and d clipped as in `jbn.batch_renorm`
 
     It stores the variables of `BatchNorm`, with a `count` where a bound or the momentum is a schedule.
 
     Args:
         num_features: the number of features, or their shape where several axes have statistics of their own.
-        r_max: bound of r, at least 1, or a schedule from the count of updates to it; 1 for the first 5,000 updates,
-            then up to 3 at 40,000.
+        r_max: bound of r, at least 1, or a schedule from a feature's count of updates to it; 1 for the first 5,000
+            updates, then up to 3 at 40,000.
         d_max: bound of d, at least 0, or a schedule; 0 for the first 5,000 updates, then up to 5 at 25,000.
         rngs: key of the initializers.
         **options: those of `BatchNorm`.
@@ -215,7 +216,7 @@ class BatchRenorm(BatchNorm):
         >>> import jbn
         >>> norm = jbn.nnx.BatchRenorm(3, r_max=jbn.renorm.r_max(begin=100, end=800), rngs=nnx.Rngs(0))
         >>> print(norm(jnp.ones((4, 3))).shape, norm.count[...])
-        (4, 3) 1
+        (4, 3) [1. 1. 1.]
 
     Source:
         Ioffe, Batch Renormalization, 2017; see `jbn.batch_renorm`.

@@ -1,7 +1,6 @@
 """Population statistics of a whole model, from one pass over data, without touching the model."""
 
 import functools
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -11,20 +10,31 @@ import numpy as np
 from jax.core import Tracer
 
 from jbn._statistics import nodes
-from jbn._statistics.faults import check_known, check_ran_once, check_same_nodes, everywhere, named
+from jbn._statistics.faults import (
+    Last,
+    check_batch,
+    check_known,
+    check_ran_once,
+    check_same_nodes,
+    everywhere,
+    named,
+    usable,
+)
 from jbn._statistics.nodes import Forest, Path, Statistics, shown
 
 Step = Callable[[Any, Any], Any]
 
+WEIGHTS = "expected a number of at least 0, or a tree like `state` with an array of them for each norm, one a feature"
 OUTSIDE = "but calibrate merges on the host: call it outside of jit, and jit `step`."
 
 
 class Population(NamedTuple):
-    """Statistics of the batches so far, in float64: their weight, mean and biased variance."""
+    """Statistics of the batches so far, by feature, in float64: their weight, mean, biased variance and number."""
 
-    weight: float
+    weight: np.ndarray
     mean: np.ndarray
     var: np.ndarray
+    batches: np.ndarray
 
 
 def calibrate(
@@ -41,7 +51,8 @@ def calibrate(
     mean = sum(w_i * mean_i) / sum(w_i),  var = sum(w_i * (var_i + (mean_i - mean)**2)) / sum(w_i), over batches i
 
     Each batch runs on `unset(state)`, so that what comes back are its own moments; they are merged in float64 on the
-    host. Exact where every norm is jbn's, runs once a step, and sees values in proportion to the weight.
+    host, feature by feature. A feature that a batch leaves unset has weight 0 there. Exact where every norm is jbn's,
+    runs once a step, and sees values in proportion to the weight.
 
     Args:
         step: (state, batch) -> new state, the model's own forward pass in training mode, its parameters held fixed.
@@ -49,22 +60,24 @@ def calibrate(
         state: any tree whose nodes hold `mean` and `var`: of jbn's states, Linen's `batch_stats`, or an NNX module.
         batches: what `step` takes, of any sizes, once; itertools.islice takes so many of an endless iterator.
         weights: batch -> its weight, a number of at least 0, to be given where the count of valid values is not in
-            proportion to the examples, as with masks. None is the number of examples, the size of the leading axis of
-            all arrays in the batch. A batch of weight 0 is passed over.
+            proportion to the examples, as with masks; or a tree like `state` with an array for each norm, a weight for
+            each feature, as for masks by feature. None is the number of examples, the size of the leading axis of all
+            arrays in the batch. A batch of weight 0 is passed over.
         select: path -> whether to calibrate the node there, a path being its keys joined by slashes. The others, such
             as frozen norms, keep their statistics, and run on them. None is all nodes.
         progress: show a bar, by tqdm, on standard error.
 
     Returns:
-        The tree, with the population's `mean` and `var` in each node that was selected; all else, `count` included, is
-        as it was.
+        The tree, with the population's `mean` and `var` in each node that was selected, and in its `count`, where it
+        has one, the number of batches that each feature was seen in; all else is as it was.
 
     Raises:
         ModuleNotFoundError: `progress` needs tqdm.
         TypeError: `step`, `weights` or `select` is no function, batches are not iterable, or are traced, or state is
             traced or in half precision.
-        ValueError: no statistics or no batches, weights that are not numbers of at least 0, or a node that a batch
-            left unset or not finite, or that ran more than once: the error names it and the likely reason.
+        ValueError: no statistics or no batches, weights that are not numbers of at least 0, or a node that ran more
+            than once or has a feature that every batch left unset or not finite: the error names it and the likely
+            reason.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -72,8 +85,8 @@ def calibrate(
         >>> params, state = jbn.init(1)
         >>> step = jax.jit(lambda state, x: jbn.batch_norm(params, state, x, True)[1])
         >>> state = jbn.calibrate(step, state, [jnp.array([[0.0], [2.0]]), jnp.array([[4.0], [6.0]])])
-        >>> print(state.mean, state.var)
-        [3.] [5.]
+        >>> print(state.mean, state.var, state.count)
+        [3.] [5.] [2.]
 
         Linen and NNX, each in one line:
 
@@ -95,20 +108,25 @@ def calibrate(
         raise TypeError(f"`batches` is a {type(batches).__name__}: expected an iterable of what `step` takes.")
     forest = nodes.find(state, "`state`")
     chosen = _chosen(forest, select)
-    totals: dict[Path, Population] = {}
+    nothing = {path: np.zeros(np.shape(forest.at(path)["mean"])) for path in chosen}
+    totals = {path: Population(zeros, zeros, zeros, zeros) for path, zeros in nothing.items()}
+    weighed = {path: zeros > 0 for path, zeros in nothing.items()}
+    last: Last | None = None
     for number, batch in enumerate(_watched(batches, progress)):
-        weight = _weight(batch, number, weights)
-        if weight == 0:
+        given = _weights(batch, number, weights, forest, chosen)
+        if not any(weight.any() for weight in given.values()):
             continue
         run = functools.partial(_run, step, forest, chosen, batch)
         found = run(everywhere(chosen, mean=0, var=-np.inf))
-        check_known(run, found, number)
-        if not totals:
+        check_batch(found, number)
+        if last is None:
             check_ran_once(run, found)
-        for path, fields in found.items():
-            totals[path] = _merged(totals.get(path), Population(weight, fields["mean"], fields["var"]))
-    if not totals:
+        last = Last(number, run, found)
+        totals = {path: _merged(total, given[path], found[path]) for path, total in totals.items()}
+        weighed = {path: before | (given[path] > 0) for path, before in weighed.items()}
+    if last is None:
         raise ValueError("`batches` gave no batch of a weight above 0: expected at least one.")
+    check_known({path: total.batches for path, total in totals.items()}, weighed, last)
     return forest.replaced({path: _as_before(path, forest.at(path), total) for path, total in totals.items()})
 
 
@@ -132,21 +150,23 @@ def _placed(value: Any, leaf: Any) -> jax.Array:
     return jnp.zeros_like(leaf) + value
 
 
-def _merged(total: Population | None, batch: Population) -> Population:
-    """The union of all batches so far and one more."""
-    batch = Population(batch.weight, *(np.asarray(leaf, np.float64) for leaf in batch[1:]))
-    if total is None:
-        return batch
-    weight = total.weight + batch.weight
-    share = batch.weight / weight
-    distance = batch.mean - total.mean
-    var = (1 - share) * total.var + share * batch.var + share * (1 - share) * np.square(distance)
-    return Population(weight, total.mean + share * distance, var)
+def _merged(total: Population, given: np.ndarray, fields: Mapping[str, Any]) -> Population:
+    """The union of all batches so far and one more, which in features that it left unset has weight 0."""
+    known = usable(fields)
+    mean, var = (np.where(known, fields[field], 0).astype(np.float64) for field in ("mean", "var"))
+    added = np.where(known, given, 0)
+    weight = total.weight + added
+    share = added / np.where(weight > 0, weight, 1)
+    distance = mean - total.mean
+    merged = (1 - share) * total.var + share * var + share * (1 - share) * np.square(distance)
+    return Population(weight, total.mean + share * distance, merged, total.batches + (added > 0))
 
 
 def _as_before(path: Path, fields: Mapping[str, Any], total: Population) -> dict[str, Any]:
-    """The population's mean and variance in the dtype of the node, and where its arrays are."""
+    """The population's mean, variance and count in the dtypes of the node, and where its arrays are."""
     found = {}
+    if np.shape(fields.get("count")) == total.batches.shape:
+        found["count"] = _placed(total.batches, fields["count"])
     for field, value in (("mean", total.mean), ("var", total.var)):
         with np.errstate(over="ignore"):
             rounded = value.astype(jnp.result_type(fields[field]))
@@ -184,29 +204,42 @@ def _check_functions(**functions: Any) -> None:
             raise TypeError(f"`{name}` is {function!r}: expected a function of {signature}.")
 
 
-def _weight(batch: Any, number: int, weights: Callable[[Any], Any] | None) -> float:
-    """What `weights` gives for the batch, or the number of its examples."""
-    if weights is None:
-        sizes = sorted({np.shape(leaf)[0] for leaf in jax.tree.leaves(batch) if np.ndim(leaf)})
-        if len(sizes) != 1:
-            what = (
-                f"whose arrays have leading axes of sizes {sizes}"
-                if sizes
-                else "without an array that has a leading axis"
-            )
-            raise ValueError(
-                f"`batches` gave one, number {number}, {what}: expected one size, the number of examples. Give "
-                "`weights`, a function from a batch to it."
-            )
-        return float(sizes[0])
-    given = weights(batch)
-    try:
-        weight = float(given)
-    except (TypeError, ValueError):
-        weight = math.nan
-    if not 0 <= weight < math.inf:
-        raise ValueError(f"`weights` gives {given!r} for batch {number}: expected a number of at least 0.")
-    return weight
+def _weights(
+    batch: Any, number: int, weights: Callable[[Any], Any] | None, forest: Forest, chosen: list[Path]
+) -> dict[Path, np.ndarray]:
+    """The weight of the batch for each feature of each node: what `weights` gives, or the number of examples."""
+    given = _examples(batch, number) if weights is None else weights(batch)
+    leaves = {shown(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(given)[0]}
+    if extra := leaves.keys() - {"", *map(shown, forest.nodes)}:
+        raise ValueError(f"`weights` gives a weight at {min(extra)} for batch {number}, where no norm is: {WEIGHTS}.")
+    one = np.ndim(leaves.get("", ())) == 0
+    found = {}
+    for path in chosen:
+        weight = given if one else leaves.get(shown(path))
+        features = np.shape(forest.at(path)["mean"])
+        try:
+            array = np.asarray(weight, np.float64)
+        except (TypeError, ValueError, OverflowError):
+            array = np.array(np.nan)
+        if array.shape not in ((), features) or not (np.isfinite(array) & (array >= 0)).all():
+            where = "" if one else f" at {named(path)}"
+            raise ValueError(f"`weights` gives {weight!r}{where} for batch {number}: {WEIGHTS}, here {features}.")
+        found[path] = np.broadcast_to(array, features)
+    return found
+
+
+def _examples(batch: Any, number: int) -> int:
+    """The number of examples in a batch: the size of the leading axis of all its arrays."""
+    sizes = sorted({np.shape(leaf)[0] for leaf in jax.tree.leaves(batch) if np.ndim(leaf)})
+    if len(sizes) != 1:
+        what = (
+            f"whose arrays have leading axes of sizes {sizes}" if sizes else "without an array that has a leading axis"
+        )
+        raise ValueError(
+            f"`batches` gave one, number {number}, {what}: expected one size, the number of examples. Give "
+            "`weights`, a function from a batch to it."
+        )
+    return sizes[0]
 
 
 def _watched(batches: Iterable[Any], progress: bool) -> Iterable[Any]:

@@ -1,7 +1,7 @@
 """What can be wrong with a norm that is calibrated, found by running the step from chosen statistics, and said."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,11 +18,12 @@ NOT_OURS = (
     "jbn.nnx.BatchNorm or jbn.batch_norm, which take its variables"
 )
 STANDS_STILL = (
-    "is left as it was: it is frozen or in eval mode, is not run, or this batch is not finite or not valid there. "
-    "Leave it out by `select`, or run it in training mode"
+    "is left as it was: it is frozen or in eval mode, is not run, or no batch is finite and valid there. Leave it out "
+    "by `select`, or run it in training mode"
 )
 POISONED = "saw no finite values: a norm named here that comes before it was unset, and gave NaN"
 NOT_FINITE = "has statistics that are not finite, which those of jbn's norms never become: use one of them"
+NO_WEIGHT = "has weight 0 in each batch that has values there: give `weights` above 0, or leave it out by `select`"
 SEVERAL_CALLS = "so that its statistics are those of no one batch: give each call a norm of its own"
 
 
@@ -41,23 +42,67 @@ def check_same_nodes(forest: Forest, chosen: list[Path], new: Forest) -> None:
                 raise ValueError(f"`step` gives `{field}` of shape {given} at {named(path)}: expected {before}.")
 
 
-def check_known(run: Run, found: Statistics, number: int) -> None:
-    """Every norm took over the moments of the batch, and of one call."""
+def usable(fields: Mapping[str, Any]) -> np.ndarray:
+    """The features whose statistics are those of a batch: neither unset nor otherwise not finite."""
+    return np.isfinite(fields["mean"]) & np.isfinite(fields["var"])
+
+
+def check_batch(found: Statistics, number: int) -> None:
+    """Statistics are not averaged with unset ones, nor those of several calls."""
     problems: dict[Path, str] = {}
-    unset = {path for path, fields in found.items() if np.isneginf(fields["var"]).any()}
-    # From common statistics instead of unset ones, those that stand still are told from those that NaN came to.
-    from_common = run(everywhere(found, mean=0, var=1)) if unset else {}
     for path, fields in found.items():
-        if path in unset and np.any(fields["mean"] != 0):
+        if np.any(np.isneginf(fields["var"]) & (fields["mean"] != 0)):
             problems[path] = NOT_OURS
-        elif path in unset:
-            moved = np.any(from_common[path]["mean"] != 0) or np.any(from_common[path]["var"] != 1)
-            problems[path] = POISONED if moved else STANDS_STILL
-        elif not (np.isfinite(fields["mean"]).all() and np.isfinite(fields["var"]).all()):
-            problems[path] = NOT_FINITE
         elif np.max(fields.get("count", 1), initial=1) > 1:
             problems[path] = f"ran {int(np.max(fields['count']))} times in a step, {SEVERAL_CALLS}"
-    _refuse(problems, f"`step` on batch {number} gave no statistics for {len(problems)} of {len(found)} norms")
+    _refuse(
+        _lines(problems), f"`step` on batch {number} gave no statistics of it for {len(problems)} of {len(found)} norms"
+    )
+
+
+class Last(NamedTuple):
+    """The last batch that was run: its number, the step on it, and the statistics that this gave."""
+
+    number: int
+    run: Run
+    found: Statistics
+
+
+def check_known(counts: Mapping[Path, np.ndarray], weighed: Mapping[Path, np.ndarray], last: Last) -> None:
+    """Each feature has statistics of some batch; `weighed` are those that had a weight in some."""
+    number, run, found = last
+    lost = {path: count == 0 for path, count in counts.items() if np.any(count == 0)}
+    if not lost:
+        return
+    # From common statistics instead of unset ones, those that stand still are told from those that NaN came to.
+    from_common = run(everywhere(found, mean=0, var=1))
+    lines = []
+    for path, features in lost.items():
+        weightless = ~weighed[path] | usable(found[path])
+        unset = np.isneginf(found[path]["var"])
+        moved = (from_common[path]["mean"] != 0) | (from_common[path]["var"] != 1)
+        reasons = {
+            STANDS_STILL: unset & ~moved & ~weightless,
+            POISONED: unset & moved & ~weightless,
+            NOT_FINITE: ~unset & ~weightless,
+            NO_WEIGHT: weightless,
+        }
+        lines += [
+            f"{named(path)}{_at(features & where)} {reason}"
+            for reason, where in reasons.items()
+            if np.any(features & where)
+        ]
+    batches = f"{number + 1} batch{'es' * (number > 0)}"
+    _refuse(lines, f"`step` on {batches} gave no statistics for features of {len(lost)} of {len(found)} norms")
+
+
+def _at(features: np.ndarray) -> str:
+    """Which features of a norm, for a message; nothing if it is all of them."""
+    if features.all():
+        return ""
+    places = [place[0] if len(place) == 1 else place for place in map(tuple, np.argwhere(features).tolist())]
+    more = f" and {len(places) - FEW} more" if len(places) > FEW else ""
+    return f" at feature{'s' * (len(places) > 1)} {', '.join(map(str, places[:FEW]))}{more}"
 
 
 def check_ran_once(run: Run, found: Statistics) -> None:
@@ -72,7 +117,7 @@ def check_ran_once(run: Run, found: Statistics) -> None:
     # A step that draws random numbers anew, as for dropout, moves all by itself.
     if suspects and not _any_differ(found, run(everywhere(found, mean=0, var=-np.inf)), suspects):
         problems = dict.fromkeys(suspects, f"ran more than once in a step, {SEVERAL_CALLS}")
-        _refuse(problems, f"after `step`, {len(problems)} of {len(found)} norms have no moments of one batch")
+        _refuse(_lines(problems), f"after `step`, {len(problems)} of {len(found)} norms have no moments of one batch")
 
 
 def everywhere(nodes: Iterable[Path], mean: float, var: float) -> Statistics:
@@ -91,15 +136,19 @@ def _any_differ(found: Statistics, again: Statistics, paths: list[Path]) -> bool
 
 def _differ(fields: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
     """Whether the means are further apart than rounding could have brought them in the layers before."""
-    rounding = ROUNDING * (np.abs(fields["mean"]) + np.sqrt(fields["var"]))
-    return bool(np.any(np.abs(fields["mean"] - others["mean"]) > rounding))
+    both = usable(fields) & usable(others)
+    mean, var, other = (np.where(both, value, 0) for value in (fields["mean"], fields["var"], others["mean"]))
+    return bool(np.any(np.abs(mean - other) > ROUNDING * (np.abs(mean) + np.sqrt(var))))
 
 
-def _refuse(problems: Mapping[Path, str], what: str) -> None:
-    if problems:
+def _lines(problems: Mapping[Path, str]) -> list[str]:
+    return [f"{named(path)} {problem}" for path, problem in problems.items()]
+
+
+def _refuse(lines: list[str], what: str) -> None:
+    if lines:
         # The causes before their consequences, of which there may be hundreds.
-        lines = [f"{named(path)} {problem}" for path, problem in problems.items()]
-        lines.sort(key=lambda line: line.endswith(POISONED))
+        lines = sorted(lines, key=lambda line: line.endswith(POISONED))
         if len(lines) > LINES:
             lines[LINES:] = [f"and {len(lines) - LINES} more"]
         raise ValueError("\n  ".join([f"{what}:", *lines]))

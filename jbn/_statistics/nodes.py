@@ -40,18 +40,22 @@ def find(tree: Any, name: str) -> Forest:
     Raises:
         ValueError: the tree, called by `name` in the message, has none.
     """
-    with_paths, structure = jax.tree_util.tree_flatten_with_path(tree)
+    nodes = places(tree)
+    if not nodes:
+        raise ValueError(f"{name} holds no statistics: expected a tree with nodes that have float `mean` and `var`.")
+    return Forest(*jax.tree.flatten(tree), nodes)
+
+
+def places(tree: Any) -> dict[Path, dict[str, int]]:
+    """Where in the leaves of a tree each node with statistics has them; a tree may have none."""
     found: dict[Path, dict[str, int]] = {}
-    for place, (path, leaf) in enumerate(with_paths):
+    for place, (path, leaf) in enumerate(jax.tree_util.tree_flatten_with_path(tree)[0]):
         # A variable of NNX is a node of its own, whose leaf is its value.
         path = path[:-1] if path and _name(path[-1]) == "value" else path
         field = _name(path[-1]) if path else ""
         if field in FIELDS and (field == "count" or _is_float(leaf)):
             found.setdefault(path[:-1], {})[field] = place
-    nodes = {path: fields for path, fields in found.items() if {"mean", "var"} <= fields.keys()}
-    if not nodes:
-        raise ValueError(f"{name} holds no statistics: expected a tree with nodes that have float `mean` and `var`.")
-    return Forest([leaf for _, leaf in with_paths], structure, nodes)
+    return {path: fields for path, fields in found.items() if {"mean", "var"} <= fields.keys()}
 
 
 def _is_float(leaf: Any) -> bool:

@@ -25,7 +25,7 @@ def from_equinox(layer: Any, state: Any, *, count: int | None = None) -> tuple[P
     Args:
         layer: an `equinox.nn.BatchNorm`.
         state: the `equinox.nn.State` that holds its statistics.
-        count: the updates made so far, instead of the counter of mode "batch"; mode "ema" does not count.
+        count: the updates of every feature so far, instead of the counter of mode "batch"; mode "ema" does not count.
 
     Returns:
         Params and State. A norm that was never updated comes unset in mode "ema" (see `jbn.unset`), and as mean 0 and
@@ -45,7 +45,7 @@ def from_equinox(layer: Any, state: Any, *, count: int | None = None) -> tuple[P
         >>> stored = {0: 1, 1: (np.float32([1.5]), np.float32([2.5]))}  # half the start, half of mean 3, variance 4
         >>> _, state = jbn.convert.from_equinox(layer, stored)
         >>> print(state.mean, state.var, state.count)
-        [3.] [4.] 1
+        [3.] [4.] [1.]
 
     Source:
         Equinox, equinox.nn.BatchNorm.

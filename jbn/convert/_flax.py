@@ -19,7 +19,7 @@ def from_linen(variables: Mapping[str, Mapping[str, Any]], *, count: int | None 
 
     Args:
         variables: `{"params": {"scale", "bias"}, "batch_stats": {"mean", "var"}}`.
-        count: the updates made so far, instead of a stored one, which is 0 where it is missing.
+        count: the updates of every feature so far, instead of stored ones, which are 0 where they are missing.
 
     Returns:
         Params and State, of the same arrays.
@@ -84,7 +84,7 @@ def from_nnx(entries: Mapping[str, Any], *, count: int | None = None) -> tuple[P
 
     Args:
         entries: `nnx.state(layer)`, or arrays by the same names.
-        count: the updates made so far, instead of a stored one, which is 0 where it is missing.
+        count: the updates of every feature so far, instead of stored ones, which are 0 where they are missing.
 
     Returns:
         Params and State, of the same arrays.
@@ -132,4 +132,4 @@ def to_nnx(params: Params, state: State, *, with_count: bool = False) -> dict[st
     """
     check_norm(params, state)
     arrays = written(FLAX, params, state)
-    return {**arrays, "count": state.count} if with_count else arrays
+    return arrays if state.count is None or not with_count else {**arrays, "count": state.count}

@@ -18,7 +18,7 @@ def from_haiku(entries: Mapping[str, Any], *, count: int | None = None) -> tuple
     Args:
         entries: `scale` and `offset` as in Haiku's params, and `mean_ema` and `var_ema`, the mappings of `hidden`,
             `average`, `counter` in its state. `split((params, state), "haiku")` finds them by itself.
-        count: the updates made so far, instead of `counter`.
+        count: the updates of every feature so far, instead of `counter`.
 
     Returns:
         Params and State, without the axes of size 1, which Haiku keeps for those that it reduces. Training goes on as
@@ -35,7 +35,7 @@ def from_haiku(entries: Mapping[str, Any], *, count: int | None = None) -> tuple
         ...     return {"hidden": np.float32([[value / 2]]), "average": np.float32([[value]]), "counter": 1}
         >>> params, state = jbn.convert.from_haiku({"mean_ema": ema(3), "var_ema": ema(4)})
         >>> print(state.mean, state.var, state.count)
-        [3.] [4.] 1
+        [3.] [4.] [1.]
 
     Source:
         Haiku, hk.BatchNorm and hk.ExponentialMovingAverage.

@@ -18,7 +18,7 @@ def from_keras(entries: Mapping[str, Any], *, count: int | None = None) -> tuple
 
     Args:
         entries: `{v.name: v for v in layer.variables}`: variables or arrays of shape (C,).
-        count: the updates that the averages stand for; 0 if None, since Keras does not count.
+        count: the updates that the averages of every feature stand for; 0 if None, since Keras does not count.
 
     Returns:
         Params and State, copies. Keras' epsilon is 1e-3, not 1e-5.
@@ -33,7 +33,7 @@ def from_keras(entries: Mapping[str, Any], *, count: int | None = None) -> tuple
         >>> entries = {"moving_mean": np.float32([3]), "moving_variance": np.float32([4])}
         >>> params, state = jbn.convert.from_keras(entries, count=1000)
         >>> print(state.mean, state.var, state.count)
-        [3.] [4.] 1000
+        [3.] [4.] [1000.]
 
     Source:
         Keras, keras.layers.BatchNormalization.

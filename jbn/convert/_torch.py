@@ -19,7 +19,7 @@ def from_torch(entries: Mapping[str, Any], *, count: int | None = None) -> tuple
 
     Args:
         entries: a norm's `state_dict()`: tensors or arrays of shape (C,); `weight` and `bias` only if it is affine.
-        count: the updates made so far, instead of `num_batches_tracked`, which is 0 where it is missing.
+        count: the updates of every feature so far, instead of `num_batches_tracked`, which is 0 where it is missing.
 
     Returns:
         Params and State, copies. PyTorch's defaults are those of `jbn.batch_norm(..., feature_axis=1,
@@ -35,7 +35,7 @@ def from_torch(entries: Mapping[str, Any], *, count: int | None = None) -> tuple
         >>> entries = {"running_mean": np.float32([3]), "running_var": np.float32([4]), "num_batches_tracked": 7}
         >>> params, state = jbn.convert.from_torch(entries)
         >>> print(state.mean, state.var, state.count)
-        [3.] [4.] 7
+        [3.] [4.] [7.]
 
     Source:
         PyTorch, torch.nn.BatchNorm2d.
@@ -46,11 +46,11 @@ def from_torch(entries: Mapping[str, Any], *, count: int | None = None) -> tuple
 def to_torch(params: Params, state: State) -> dict[str, np.ndarray]:
     """A PyTorch norm's `state_dict` from jbn's norm; the inverse of `from_torch`.
 
-    weight = scale,  bias = bias,  running_mean = mean,  running_var = var,  num_batches_tracked = count
+    weight = scale,  bias = bias,  running_mean = mean,  running_var = var,  num_batches_tracked = max(count)
 
     Args:
         params: scale and bias; where only one is None it is written as ones or zeros, since PyTorch has both or none.
-        state: running mean, variance and count.
+        state: running mean, variance and count; PyTorch has one count for all features, the largest, rounded up.
 
     Returns:
         Writable NumPy arrays, bfloat16 as float32, by PyTorch's names; `torch.tensor` makes tensors of them.
@@ -73,4 +73,5 @@ def to_torch(params: Params, state: State) -> dict[str, np.ndarray]:
     if bias is None and scale is not None:
         bias = jnp.zeros_like(scale)
     arrays = written_to_numpy(TORCH, Params(scale, bias), state)
-    return {**arrays, "num_batches_tracked": np.array(np.max(state.count, initial=0), np.int64)}
+    updates = 0 if state.count is None else np.ceil(np.max(state.count, initial=0))
+    return {**arrays, "num_batches_tracked": np.array(updates, np.int64)}

@@ -18,9 +18,8 @@ def split(tree: Any, library: str, *, count: int | None = None) -> tuple[dict[st
             would share a path: name them. "linen": variables, without boxes. "nnx": `nnx.state(model)` or a nested
             mapping of its arrays. "haiku": `(params, state)`. "equinox": `(model, state)`.
         library: "torch", "keras", "linen", "nnx", "haiku" or "equinox".
-        count: the updates that the averages stand for, instead of those that the tree holds, which are 0 where it
-            does not count. A momentum schedule goes on from there. Norms that `nn.scan` stacks have a count each:
-            where none is stored, `state._replace(count=jnp.full(layers, count))` gives them.
+        count: the updates that the averages of every feature stand for, instead of those that the tree holds, which
+            are 0 where it does not count. A momentum schedule goes on from there.
 
     Returns:
         Params and State by the path of the norm, with the library's own separator: `norms["layer1.0.bn1"]`,

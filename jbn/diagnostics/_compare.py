@@ -39,8 +39,8 @@ def compare(state: Any, population: Any, *, epsilon: float = 1e-5) -> Table:
     Example:
         >>> import jax.numpy as jnp
         >>> import jbn
-        >>> state = jbn.State(jnp.array([0.0, 1.0]), jnp.array([1.0, 4.0]), jnp.int32(10))
-        >>> population = jbn.State(jnp.array([3.0, 1.0]), jnp.array([1.0, 4.0]), jnp.int32(10))
+        >>> state = jbn.State(jnp.array([0.0, 1.0]), jnp.array([1.0, 4.0]), jnp.full(2, 10.0))
+        >>> population = jbn.State(jnp.array([3.0, 1.0]), jnp.array([1.0, 4.0]), jnp.full(2, 10.0))
         >>> for row in jbn.diagnostics.compare(state, population).rows:
         ...     print(row[1], f"error {row[2]:.3f} shift {row[3]:.3f} ratio {row[4]:.3f}")
         0 error 3.000 shift 3.000 ratio 1.000

@@ -1,5 +1,6 @@
 """The health of every norm in a tree of statistics."""
 
+import math
 import re
 from typing import Any
 
@@ -14,6 +15,8 @@ from jbn.diagnostics._table import Table
 
 COLUMNS = ("norm", "channels", "updates", "dead", "unset", "not finite", "far", "stale", "missing")
 FAULTS = ("dead", "unset", "not finite", "far", "stale", "missing")
+LARGEST = 2**31 - 1
+"""The updates of a norm without channels."""
 FORGOTTEN = 0.01
 """A start of less weight than this no longer matters."""
 BATCH_NORM = re.compile(r"batch_?norm|batch_?renorm|(^|_)bn", re.IGNORECASE)
@@ -41,9 +44,9 @@ def health(
         far: the error, in standard deviations of the output, from which a channel is far from the population.
 
     Returns:
-        Table with a row a norm: its path, channels, updates (None without a count), the four numbers of channels (far
-        is None without a population), why it is stale, if so (never updated, updated less often than others, or
-        still the start), and the variables that are missing, if any.
+        Table with a row a norm: its path, channels, the fewest updates of a channel (None without a count), the four
+        numbers of channels (far is None without a population), why it is stale, if so (never updated, updated less
+        often than others, or still the start), and the variables that are missing, if any.
 
     Raises:
         TypeError: an option is no number, or a tree is traced.
@@ -52,7 +55,7 @@ def health(
     Example:
         >>> import jax.numpy as jnp
         >>> import jbn
-        >>> state = jbn.State(jnp.zeros(3), jnp.array([1.0, 0.0, jnp.nan]), jnp.int32(10))
+        >>> state = jbn.State(jnp.zeros(3), jnp.array([1.0, 0.0, jnp.nan]), jnp.full(3, 10.0))
         >>> print(jbn.diagnostics.health({"stem": state}))
         norm  channels  updates  dead  unset  not finite  far  stale  missing
         stem         3       10     1      0           1    -      -        -
@@ -108,8 +111,10 @@ def is_faulty(row: tuple[Any, ...]) -> bool:
 
 
 def _updates(fields: dict[str, Any]) -> int | None:
-    """The fewest updates of a norm, or of those that are stacked."""
-    return int(np.min(fields["count"], initial=2**31 - 1)) if "count" in fields else None
+    """The fewest updates of a channel, none if its count is not finite; averages of counts are rounded up."""
+    if "count" not in fields:
+        return None
+    return math.ceil(np.min(np.nan_to_num(fields["count"], posinf=0.0, neginf=0.0), initial=LARGEST))
 
 
 def _channels(fields: dict[str, np.ndarray], epsilon: float) -> tuple[int, int, int]:

@@ -12,7 +12,7 @@ import jax
 import pytest
 from support import small_network
 
-from jbn import cli
+from jbn.cli.main import main
 from jbn.demo import model
 
 
@@ -48,7 +48,7 @@ def command():
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
-                status = cli.main([*map(str, arguments)])
+                status = main([*map(str, arguments)])
             except SystemExit as ended:
                 status = ended.code
         return Ended(status, out.getvalue(), err.getvalue())

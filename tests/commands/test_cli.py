@@ -8,8 +8,8 @@ import sys
 import pytest
 
 import jbn
-from jbn.cli.main import main
 from jbn.cli import momentum, train
+from jbn.cli.main import main
 
 pytestmark = pytest.mark.standard_promotion
 

@@ -17,12 +17,13 @@ import jbn
 
 pytestmark = pytest.mark.standard_promotion
 
-GOOD = jbn.State(jnp.full(3, 0.5), jnp.full(3, 2.0), jnp.int32(50))
+GOOD = jbn.State(jnp.full(3, 0.5), jnp.full(3, 2.0), jnp.full(3, 50.0))
 PLANTED = {
     "nan": (GOOD._replace(mean=jnp.array([0.5, jnp.nan, 0.5])), "not finite"),
     "unset": (jbn.unset(GOOD), "unset"),
     "dead": (GOOD._replace(var=jnp.array([2.0, 0.0, 2.0])), "dead"),
-    "stale": (GOOD._replace(count=jnp.int32(3)), "stale"),
+    "stale": (GOOD._replace(count=jnp.array([50.0, 3.0, 50.0])), "stale"),
+    "stale_in_0.1": (GOOD._replace(count=jnp.int32(3)), "stale"),
     "never_updated": (jbn.init(3)[1], "stale"),
     "no_variance": ({"mean": GOOD.mean, "count": GOOD.count}, "missing"),
     "no_mean": ({"var": GOOD.var, "count": GOOD.count}, "missing"),

@@ -92,16 +92,16 @@ def test_dtype_of_the_result_is_that_of_flax():
 
 
 def test_options_reach_the_function(rng):
-    x, mask = images(rng), rng.random((6, 4)) < 0.7
+    x, call = images(rng), dict(mask=rng.random((6, 4)) < 0.7, shortcut=images(rng))
     options = dict(momentum=jbn.momentum.warmup(0.9), epsilon=1e-2, running_var="total", ghost_batch_size=3)
     shown = dict(activation=jax.nn.relu, dtype=jnp.float16)
     norm = jbn.linen.BatchNorm(**shown, **options)
     variables = jax.eval_shape(functools.partial(norm.init, use_running_average=False), KEY, x)
     assert jax.tree.structure(variables["batch_stats"]) == jax.tree.structure(jbn.init(3)[1]._asdict())
     start = {"params": jbn.init(3)[0]._asdict(), "batch_stats": jbn.init(3)[1]._asdict()}
-    out, variables = jax.jit(functools.partial(trained, norm))(start, x, mask=mask)
+    out, variables = jax.jit(functools.partial(trained, norm))(start, x, **call)
     norm_itself = jax.jit(functools.partial(jbn.batch_norm, train=True, **shown, **options))
-    expected, state = norm_itself(*jbn.init(3), x=x, mask=mask)
+    expected, state = norm_itself(*jbn.init(3), x=x, **call)
     np.testing.assert_array_equal(out, expected)
     jax.tree.map(assert_close, variables["batch_stats"], state._asdict())
 
@@ -128,7 +128,7 @@ def test_a_schedule_goes_on_from_its_count(rng):
     batches = [images(rng) for _ in range(3)]
     for x in batches:
         _, variables = trained(norm, variables, x)
-    assert int(variables["batch_stats"]["count"]) == 3
+    np.testing.assert_array_equal(variables["batch_stats"]["count"], np.full(3, 3, np.float32))
     assert_close(variables["batch_stats"]["mean"], np.mean(batches, axis=(0, 1, 2), dtype=np.float64))
 
 
@@ -139,6 +139,14 @@ def test_statistics_without_a_count_serve_and_train_on_once_they_are_given_one(r
     norms, rest = jbn.convert.split(variables, "linen", count=10)
     _, variables = trained(norm, jbn.convert.join(norms, rest, "linen", with_count=True), x)
     assert_close(variables["batch_stats"]["mean"], x.mean((0, 1), dtype=np.float64) / 11)
+
+
+@pytest.mark.standard_promotion
+def test_statistics_in_half_precision_serve(rng):
+    x, norm = images(rng), jbn.linen.BatchNorm(use_running_average=True)
+    variables = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), norm.init(KEY, x))
+    variables["batch_stats"]["mean"] = jnp.full(3, 1.5, jnp.bfloat16)
+    assert_close(norm.apply(variables, x), (x - np.float64(1.5)) / np.sqrt(1 + 1e-5))
 
 
 def test_statistics_that_may_not_change_are_refused_as_in_flax(rng):
@@ -152,9 +160,10 @@ def call(x=MATRIX, flag=None, **options):
     return jbn.linen.BatchNorm(**{"use_running_average": False, **options}).init(KEY, x, flag)
 
 
-def applied(x=MATRIX, module=jbn.linen.BatchNorm, dtype=np.float32, **options):
-    """A norm on variables that are there already, without a count."""
+def applied(x=MATRIX, module=jbn.linen.BatchNorm, dtype=np.float32, count=None, **options):
+    """A norm on variables that are there already, without a count unless it is given."""
     statistics = {"mean": jnp.zeros(3, dtype), "var": jnp.ones(3, dtype)}
+    statistics |= {} if count is None else {"count": count}
     variables = {"params": {"scale": np.ones(3), "bias": np.zeros(3)}, "batch_stats": statistics}
     return module(use_running_average=False, **options).apply(variables, x, mutable=["batch_stats"])
 
@@ -214,6 +223,9 @@ REFUSED = {
         "batch_stats",
         "no `count`, which a schedule reads",
         "give numbers for schedules",
+    ),
+    "one count for all features": Refused(
+        lambda: applied(momentum=SCHEDULE, count=jnp.int32(7)), ValueError, "count", "has shape ()", "jbn.upgrade(tree)"
     ),
     "half-precision statistics": Refused(
         lambda: applied(dtype=jnp.bfloat16), TypeError, "mean.dtype", "is bfloat16", "expected float32 or float64"

@@ -86,12 +86,12 @@ def test_inference_in_half_precision_keeps_the_statistics_in_float32(rng):
 
 
 def test_options_reach_the_function(rng):
-    x, mask = images(rng), rng.random((6, 3)) < 0.7
+    x, call = images(rng), dict(mask=rng.random((6, 3)) < 0.7, shortcut=images(rng))
     options = dict(momentum=jbn.momentum.warmup(0.9), epsilon=1e-2, running_var="total", ghost_batch_size=3)
     shown = dict(activation=jax.nn.relu, dtype=jnp.float16)
     norm = made(jbn.nnx, **shown, **options)
-    out = nnx.jit(lambda norm, x: norm(x, mask=mask))(norm, x)
-    expected, state = jax.jit(lambda x: jbn.batch_norm(*jbn.init(3), x, True, mask=mask, **shown, **options))(x)
+    out = nnx.jit(lambda norm, x: norm(x, **call))(norm, x)
+    expected, state = jax.jit(lambda x: jbn.batch_norm(*jbn.init(3), x, True, **call, **shown, **options))(x)
     np.testing.assert_array_equal(out, expected)
     for name, value in state._asdict().items():
         assert_close(getattr(norm, name)[...], value)
@@ -122,7 +122,7 @@ def test_a_schedule_counts(rng):
     batches = [images(rng) for _ in range(3)]
     for x in batches:
         norm(x)
-    assert int(norm.count[...]) == 3
+    np.testing.assert_array_equal(norm.count[...], np.full(3, 3, np.float32))
     assert_close(norm.mean[...], np.mean(batches, axis=(0, 1, 2), dtype=np.float64))
     assert made(jbn.nnx).count is None
 
@@ -134,6 +134,12 @@ def call(x=MATRIX, flag=None, mask=None, **options):
 def with_a_schedule_set_later():
     norm = made(jbn.nnx)
     norm.momentum = SCHEDULE
+    return norm(MATRIX)
+
+
+def with_one_count():
+    norm = made(jbn.nnx, momentum=SCHEDULE)
+    norm.count.set_value(jnp.int32(7))
     return norm(MATRIX)
 
 
@@ -167,7 +173,7 @@ REFUSED = {
         "static_argnames='use_running",
     ),
     "mask": Refused(
-        lambda: call(mask=np.ones(3, bool)), ValueError, "mask", "has shape (3,)", "expected (8,) or (8, 1)"
+        lambda: call(mask=np.ones(3, bool)), ValueError, "mask", "has shape (3,)", "expected (8,), or (8, 3)"
     ),
     "momentum": Refused(lambda: call(momentum=2), ValueError, "momentum", "is 2.0", "expected a number in [0, 1]"),
     "dtype": Refused(lambda: call(dtype=jnp.int32), TypeError, "dtype", "is int32", "expected one of float32, float64"),
@@ -203,6 +209,9 @@ REFUSED = {
     ),
     "rngs of dropout": Refused(
         lambda: call(rngs=nnx.Rngs(dropout=0)), TypeError, "rngs", "a Rngs without a stream `params`", "nnx.Rngs(0)"
+    ),
+    "one count for all features": Refused(
+        with_one_count, ValueError, "count", "has shape ()", "jbn.upgrade(tree) gives each feature"
     ),
     "a schedule set later": Refused(
         with_a_schedule_set_later, ValueError, "momentum", "has no `count`", "give the schedule at construction"

@@ -25,7 +25,7 @@ def test_linen_gives_what_the_core_gives(rng, bounds):
     assert set(variables["batch_stats"]) == ({"mean", "var"} if bounds else {"mean", "var", "count"})
     start = {**variables["batch_stats"], **START}
     out, updated = norm.apply({**variables, "batch_stats": start}, x, mutable=["batch_stats"])
-    state = jbn.State(start["mean"], start["var"], start.get("count", jnp.int32(0)))
+    state = jbn.State(start["mean"], start["var"], start.get("count", jnp.zeros(3)))
     expected, new_state = jbn.batch_renorm(jbn.Params(**variables["params"]), state, x, True, **bounds)
     np.testing.assert_array_equal(out, expected)
     for name, value in updated["batch_stats"].items():
@@ -38,7 +38,7 @@ def test_nnx_gives_what_the_core_gives(rng, bounds):
     norm = jbn.nnx.BatchRenorm(3, rngs=nnx.Rngs(0), momentum=0.99, **bounds)
     assert (norm.count is None) == bool(bounds)
     norm.mean[...], norm.var[...] = START["mean"], START["var"]
-    state = jbn.State(**START, count=jnp.int32(0))
+    state = jbn.State(**START, count=jnp.zeros(3))
     params = jbn.Params(norm.scale[...], norm.bias[...])
     out = norm(x)
     expected, new_state = jbn.batch_renorm(params, state, x, True, momentum=0.99, **bounds)

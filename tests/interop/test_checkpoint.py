@@ -81,6 +81,29 @@ def test_a_target_has_the_structure_of_what_was_saved_by_its_paths(tmp_path, sav
 
 
 @by_format
+def test_counts_of_jbn_0_1_become_those_of_each_feature(tmp_path, save):
+    """That of a norm, and those of a stack of two; what else has such a shape or dtype stays as it was."""
+    step = jnp.int32(9)
+    norm, stack = (jbn.State(jnp.ones(shape), jnp.ones(shape), None) for shape in (3, (2, 3)))
+    old = {"norm": norm._replace(count=jnp.int32(7)), "stack": stack._replace(count=jnp.int32([1, 2])), "step": step}
+    counts = {"norm": jnp.full(3, 7.0), "stack": jnp.array([[1.0] * 3, [2.0] * 3])}
+    expected = {**{name: old[name]._replace(count=counts[name]) for name in counts}, "step": step}
+    save(tmp_path / "saved", old)
+    zeros = jax.tree.map(jnp.zeros_like, expected)
+    for target in (zeros, jax.eval_shape(lambda: zeros)):
+        assert_same_trees(jbn.checkpoint.restore(tmp_path / "saved", target), expected)
+
+
+def test_counts_that_are_raised_are_where_the_target_has_them(tmp_path):
+    save_by_orbax(tmp_path / "saved", jbn.State(jnp.ones(3), jnp.ones(3), jnp.int32(7)))
+    (device,) = jax.devices()[-1:]
+    target = jax.device_put(jbn.init(3)[1], device)
+    assert jbn.checkpoint.restore(tmp_path / "saved", target).count.devices() == {device}
+    host = jbn.checkpoint.restore(tmp_path / "saved", jax.tree.map(np.asarray, target))
+    assert isinstance(host.count, np.ndarray)
+
+
+@by_format
 def test_python_numbers_are_restored(tmp_path, save):
     tree = {"rate": 0.5, "step": np.int32(7), "on": True, "host": np.arange(3.0)}
     save(tmp_path / "saved", tree)
@@ -136,7 +159,7 @@ def test_read_gives_what_is_stored_and_latest_the_path_itself(tmp_path, save):
     save(path, {"norm": jbn.init(3)[1], "kernel": np.ones((2, 2), np.float16), "step": 7})
     found = jbn.checkpoint.read(path)
     np.testing.assert_array_equal(found["norm"]["var"], np.ones(3))
-    assert found["norm"]["count"].dtype == np.int32
+    assert found["norm"]["count"].dtype == np.float32
     assert found["kernel"].dtype == np.float16
     assert found["step"] == 7
     assert jbn.checkpoint.latest(path) == path

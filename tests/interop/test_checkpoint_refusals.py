@@ -22,12 +22,12 @@ NORM = jbn.init(2)
 def test_one_error_lists_how_the_tree_differs(tmp_path, save):
     save(tmp_path / "saved", {"norm": jbn.init(3), "more": jnp.ones(2)})
     params, state = jbn.init(5, np.float32)
-    target = {"norm": (params, state._replace(count=jnp.float32(0))), "other": jnp.ones(2)}
+    target = {"norm": (params, state._replace(count=jnp.zeros(3, jnp.int32))), "other": jnp.ones(2)}
     with pytest.raises(ValueError, match="is not one of `target`") as caught:
         jbn.checkpoint.restore(tmp_path / "saved", target)
     lines = {line.strip() for line in str(caught.value).splitlines()[1:]}
     misshaped = {f"norm/{leaf} has shape (3,), not (5,)" for leaf in ("0/scale", "0/bias", "1/mean", "1/var")}
-    assert lines == {"other is missing", "more is extra", "norm/1/count has dtype int32, not float32", *misshaped}
+    assert lines == {"other is missing", "more is extra", "norm/1/count has dtype float32, not int32", *misshaped}
 
 
 def test_files_that_are_no_whole_checkpoint_are_refused(tmp_path):

@@ -36,7 +36,7 @@ def hidden_after(batches, momentum):
 def assert_weighted_averages(state, batches, momentum):
     weights = momentum ** np.arange(len(batches) - 1, -1, -1)
     batches = batches.astype(np.float64)
-    assert int(state.count) == len(batches)
+    assert (state.count == len(batches)).all()
     # What is left of the start is taken out of a hidden value that was rounded beside it.
     condition = 1 / (1 - momentum ** len(batches))
     assert_close(state.mean, np.average(batches.mean(1), axis=0, weights=weights), condition=condition, scale=1)

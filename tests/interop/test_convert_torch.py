@@ -41,7 +41,7 @@ def test_norms_of_a_state_dict_are_found_by_their_prefix(state_dict):
     assert list(norms) == ["bn", "layer1.0.bn"]
     assert sorted(rest) == ["conv.weight", "fc.bias", "fc.weight"]
     assert norms["layer1.0.bn"][0] == jbn.Params(None, None)
-    assert [int(state.count) for _, state in norms.values()] == [5, 7]
+    assert [set(state.count.tolist()) for _, state in norms.values()] == [{5}, {7}]
 
 
 def test_a_state_dict_comes_back_bit_for_bit(state_dict):
@@ -74,9 +74,8 @@ def test_a_norm_without_a_count_counts_from_zero():
     entries = {"running_mean": np.zeros(3, np.float32), "running_var": np.ones(3, np.float32)}
     for stored, expected in (({}, 0), ({"num_batches_tracked": np.int64(10)}, 10)):
         _, state = from_torch({**entries, **stored})
-        assert state.count.dtype == jnp.int32
-        assert state.count.shape == ()
-        assert int(state.count) == expected
+        assert state.count.dtype == jnp.float32
+        np.testing.assert_array_equal(state.count, [expected] * 3)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +118,7 @@ def test_a_model_trained_in_torch_predicts_and_trains_the_same(rng, torch_model)
     norms, rest = split(model.state_dict(), "torch")
     assert list(norms) == ["1", "4"]
     assert sorted(rest) == ["0.bias", "0.weight", "3.weight", "8.bias", "8.weight"]
-    assert [int(state.count) for _, state in norms.values()] == [5, 5]
+    assert all((state.count == 5).all() for _, state in norms.values())
     weights = {name: jnp.asarray(tensor.numpy()) for name, tensor in rest.items()}
     run = network(
         [(weights["0.weight"], weights["0.bias"]), (weights["3.weight"], None)],
@@ -133,7 +132,7 @@ def test_a_model_trained_in_torch_predicts_and_trains_the_same(rng, torch_model)
     model.train()(torch.tensor(x))
     after, _ = split(model.state_dict(), "torch")
     for state, (_, expected) in zip(run(norms.values(), x, True)[1], after.values(), strict=True):
-        assert int(state.count) == int(expected.count) == 6
+        assert (state.count == 6).all() and (expected.count == 6).all()
         assert_close(state.mean, expected.mean, condition=10)
         assert_close(state.var, expected.var, condition=10)
 

@@ -40,11 +40,12 @@ def haiku_layer(options, call):
     channels_last = options.feature_axis == -1
     reduced = [0, *(range(1, call.x.ndim - 1) if channels_last else range(2, call.x.ndim))]
     # Haiku averages from 0 and divides by the weight gathered so far, which jbn.momentum.debiased does step by step.
-    weight = -jnp.expm1(call.state.count * math.log(options.momentum))
+    counter = call.state.count[0].astype(jnp.int32)
+    weight = -jnp.expm1(counter * math.log(options.momentum))
 
     def average(value):
         value = jnp.expand_dims(value, reduced)
-        return {"counter": call.state.count, "hidden": value * weight, "average": value}
+        return {"counter": counter, "hidden": value * weight, "average": value}
 
     def layer(x):
         data_format = "N...C" if channels_last else "NC..."

@@ -71,6 +71,23 @@ ARGUMENTS = {
     "sizes that differ": Refused(
         calibrate(batches=[(X, X[:2])]), ValueError, "batches", "leading axes of sizes [2, 4]", "Give `weights`"
     ),
+    "weights of another shape": Refused(
+        calibrate(weights=lambda x: np.ones(2)), ValueError, "weights", "gives array([1., 1.]) at (the", "here (3,)"
+    ),
+    "weights of another tree": Refused(
+        calibrate(state={"stem": STATE}, weights=lambda x: {"head": X[0]}),
+        ValueError,
+        "weights",
+        "gives a weight at head for batch 0",
+        "a tree like `state`",
+    ),
+    "weights of a part of the tree": Refused(
+        calibrate(state={"a": STATE, "b": STATE}, weights=lambda x: {"a": X[0]}),
+        ValueError,
+        "weights",
+        "gives None at b for batch 0",
+        "an array of them for each norm",
+    ),
     "batches of numbers": Refused(
         calibrate(batches=[[3.0, 4]]),
         ValueError,
@@ -101,21 +118,28 @@ STEPS = {
         "expected (3,)",
     ),
     "a norm left alone": Refused(
-        calibrate(step=unchanged), ValueError, "step", "no statistics for 1 of 1", "Leave it out by `select`"
+        calibrate(step=unchanged), ValueError, "step", "for features of 1 of 1", "Leave it out by `select`"
     ),
     "one of two left alone": Refused(
         calibrate(step=two, state={"used": STATE, "nested": {"idle": STATE}}),
         ValueError,
         "step",
-        "for 1 of 2 norms:\n  nested/idle is left as it was",
+        "on 1 batch gave no statistics for features of 1 of 2 norms:\n  nested/idle is left as it was",
         "or run it in training mode",
     ),
-    "a batch of NaN": Refused(
-        calibrate(step=two, state={"used": STATE}, batches=[X, X * np.nan]),
+    "a feature that is finite in no batch": Refused(
+        calibrate(batches=[X * np.float32([1, np.nan, 1]), X * np.float32([np.nan, np.nan, 1])]),
         ValueError,
         "step",
-        "batch 1 gave no statistics for 1 of 1 norms:\n  used is left as it was",
-        "this batch is not finite",
+        "on 2 batches gave no statistics for features of 1 of 1 norms:\n  (the tree itself) at feature 1 is left",
+        "or no batch is finite and valid there",
+    ),
+    "a feature without a weight": Refused(
+        calibrate(weights=lambda x: np.float32([0, 1, 0])),
+        ValueError,
+        "step",
+        "(the tree itself) at features 0, 2 has weight 0 in each batch",
+        "give `weights` above 0",
     ),
     "a norm run twice": Refused(
         calibrate(step=run_twice, state=NO_COUNT), ValueError, "step", "ran more than once", "give each call a norm of"
@@ -142,7 +166,7 @@ def test_many_consequences_of_one_fault_are_counted():
         x = jbn.normalize(PARAMS, states["norm00"], x)
         return {name: state if name == "norm00" else step(state, x) for name, state in states.items()}
 
-    with pytest.raises(ValueError, match="for 13 of 13 norms:\n  norm00 is left as it was") as error:
+    with pytest.raises(ValueError, match="of 13 of 13 norms:\n  norm00 is left as it was") as error:
         jbn.calibrate(poisoned, states, [X])
     assert "and 3 more" in str(error.value)
     assert len(str(error.value).splitlines()) == 12

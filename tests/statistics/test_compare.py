@@ -16,8 +16,8 @@ def test_compare_says_what_inference_does(rng):
     """The output with the running statistics is ratio * right + shift, and the error its root mean square."""
     x = rng.normal(size=(4096, 3)) * [1, 2, 3] + [0, 5, -5]
     params, state = jbn.init(3)
-    state = jbn.State(jnp.array([0.5, 0.0, -5.0]), jnp.array([1.0, 1.0, 36.0]), jnp.int32(9))
-    population = jbn.State(*(jnp.float32(leaf) for leaf in (x.mean(0), x.var(0))), jnp.int32(9))
+    state = jbn.State(jnp.array([0.5, 0.0, -5.0]), jnp.array([1.0, 1.0, 36.0]), jnp.full(3, 9.0))
+    population = jbn.State(*(jnp.float32(leaf) for leaf in (x.mean(0), x.var(0))), jnp.full(3, 9.0))
     table = diagnostics.compare({"norm": state}, {"norm": population})
     x = x.astype(np.float32)
     wrong, right = (np.asarray(jbn.normalize(params, each, x), np.float64) for each in (state, population))

@@ -20,15 +20,17 @@ def row_of(table, norm):
 
 
 def test_health_finds_each_planted_fault():
-    good = jbn.State(jnp.full(3, 0.5), jnp.full(3, 2.0), jnp.int32(50))
+    good = jbn.State(jnp.full(3, 0.5), jnp.full(3, 2.0), jnp.full(3, 50.0))
     tree = {
         "good": good,
         "nan": good._replace(mean=jnp.array([0.5, jnp.nan, jnp.inf])),
         "negative": good._replace(var=jnp.array([2.0, -1.0, 2.0])),
         "unset": jbn.unset(good),
         "dead": good._replace(var=jnp.array([0.0, 1e-12, 2.0])),
-        "behind": good._replace(count=jnp.int32(20)),
-        "untouched": jbn.init(3)[1]._replace(count=jnp.int32(50)),
+        "behind": good._replace(count=jnp.array([50.0, 20.0, 30.0])),
+        "averaged": good._replace(count=jnp.array([50.0, 49.5, 50.0])),
+        "a count of nan": good._replace(count=jnp.array([50.0, jnp.nan, 50.0])),
+        "untouched": jbn.init(3)[1]._replace(count=good.count),
         "one mean of 0": good._replace(mean=jnp.array([0.0, 0.5, 0.5]), var=jnp.ones(3)),
         "no var": {"mean": good.mean, "count": good.count},
         "no count": {"mean": good.mean, "var": good.var},
@@ -40,6 +42,7 @@ def test_health_finds_each_planted_fault():
         "unset": {"unset": 3, "stale": "0 of 50 updates"},
         "dead": {"dead": 2},
         "behind": {"stale": "20 of 50 updates"},
+        "a count of nan": {"stale": "0 of 50 updates"},
         "untouched": {"stale": "never updated"},
         "no var": {"missing": "var"},
         "no count": {"missing": "count"},

@@ -1,6 +1,5 @@
 """Norms to fold into a layer, and what is drawn for it."""
 
-import jax.numpy as jnp
 import numpy as np
 
 import jbn
@@ -15,4 +14,4 @@ def far_from_its_start(rng, features, scale=True, bias=True):
     features = (features,) if isinstance(features, int | np.integer) else features
     params = jbn.Params(*(normal(rng, *features) if wanted else None for wanted in (scale, bias)))
     var = rng.uniform(0.1, 5, size=features).astype(np.float32)
-    return params, jbn.State(normal(rng, *features), var, jnp.int32(0))
+    return params, jbn.State(normal(rng, *features), var, np.zeros(features, np.float32))

@@ -5,7 +5,7 @@ What a run writes, says and takes up again does not depend on the size of its ne
 
 import sys
 
-from jbn import cli
+from jbn.cli.main import main
 from jbn.demo import model
 
 STAGES = {"stage1": (4, 1)}
@@ -13,4 +13,4 @@ STAGES = {"stage1": (4, 1)}
 
 if __name__ == "__main__":
     model.STAGES = STAGES
-    sys.exit(cli.main())
+    sys.exit(main())

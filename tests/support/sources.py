@@ -14,6 +14,6 @@ SOURCES = {
 TREES = {module: ast.parse(path.read_text()) for module, path in SOURCES.items()}
 FILES = [*SOURCES.values(), *sorted(Path(__file__).parents[1].rglob("*.py"))]
 """The files of jbn and of tests/."""
-ON_TOP = {"__main__", "cli", "commands", "demo", "bench"}
+ON_TOP = {"__main__", "cli", "demo", "bench"}
 """The command line, and what it runs: these may print and log."""
 LIBRARY = [module for module in SOURCES if ON_TOP.isdisjoint(module.split("."))]

@@ -131,7 +131,7 @@ def ten_steps(rng, layout, ours, state=None, masked=False):
         options, call = options_and_call(rng, layout, state, step, masked=masked)
         result = ours(options, call)
         yield options, call, result
-        state = jbn.State(result.mean, result.var, jnp.int32(step + 1))
+        state = jbn.State(result.mean, result.var, jnp.full(result.mean.shape, step + 1.0))
 
 
 def assert_equal(ours, theirs, condition, layout):
@@ -153,7 +153,7 @@ def assert_inference_equal(rng, peer):
     for layout in peer.layouts.split():
         spread = 10 ** rng.uniform(-2, 0, SIZES["C"])
         mean, var = spread * rng.uniform(-3, 3, SIZES["C"]), spread**2
-        state = jbn.State(jnp.asarray(mean, jnp.float32), jnp.asarray(var, jnp.float32), jnp.int32(7))
+        state = jbn.State(jnp.asarray(mean, jnp.float32), jnp.asarray(var, jnp.float32), jnp.full(mean.shape, 7.0))
         options, call = options_and_call(rng, layout, state, step=0, train=False)
         assert_equal(peer.ours(options, call), peer.result(options, call), condition(options, call, power=1), layout)
 

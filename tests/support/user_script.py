@@ -30,6 +30,7 @@ def train_step(params: jbn.Params, state: jbn.State, x: jax.Array) -> tuple[jbn.
             ghost_batch_size=4,
             running_var="total",
             activation=jax.nn.relu,
+            shortcut=x,
             dtype=jnp.float32,
         )
         return jnp.sum(out**2), new_state
@@ -96,12 +97,13 @@ def main() -> None:
     ]
     for schedule in schedules:
         state = jbn.update(jbn.unset(state), whole, momentum=schedule, running_var="unbiased")
-        print(jbn.momentum.at(schedule, state.count, jnp.float32))
+        print(jbn.momentum.at(schedule, state.count[0], jnp.float32))
+    state = jbn.upgrade(state._replace(count=jnp.int32(7)))
     infer = functools.partial(jbn.normalize, params, state, epsilon=1e-3, feature_axis=-1, mask=None, activation=None)
     linen = jbn.linen.BatchNorm(use_running_average=False, momentum=schedules[1], running_var="total")
     variables = linen.init(jax.random.key(0), x)
     _, updated = linen.apply(variables, x, mutable=["batch_stats"])
-    print(updated["batch_stats"]["count"], jbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0))(x, mask=x[:, 0] > 0).shape)
+    print(updated["batch_stats"]["count"], jbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0))(x, mask=x > 0, shortcut=x).shape)
     state = see_and_repair(params, state, x)
     print(convert_and_serve(params, state))
     print(infer(x, dtype=jnp.bfloat16).shape, float(state.mean[0]), jbn.Params(None, params.bias), jbn.__version__)
