@@ -31,12 +31,16 @@ INPUT = {
     "complex": Refused(norm(x=np.ones((8, 3), np.complex64)), TypeError, "x", "complex64", "x.real and x.imag apart"),
     "float8": Refused(norm(x=np.ones((8, 3), jnp.float8_e5m2)), TypeError, "x", "float8_e5m2", "x.astype(jnp.float32)"),
     "keys": Refused(norm(x=jax.random.split(KEY, (8, 3))), TypeError, "x", "key<fry>", "expected one of float32"),
-    "a dict": Refused(moments(x={"a": X}), TypeError, "x", "a dict that makes no array", "expected one of float32"),
-    "ragged": Refused(
-        norm(x=[[1.0], [1.0, 2.0]]), TypeError, "x", "a list that makes no array", "expected one of float32"
+    "a dict": Refused(
+        moments(x={"a": X}), TypeError, "x", "a dict, which cannot be converted", "expected one of float32"
     ),
-    "a shape": Refused(moments(x=STRUCT), TypeError, "x", "a ShapeDtypeStruct that makes", "expected one of float32"),
-    "a state": Refused(norm(x=STATE, state=MATRIX), TypeError, "x", "a State", "expected one of float32"),
+    "ragged": Refused(
+        norm(x=[[1.0], [1.0, 2.0]]), TypeError, "x", "a list, which cannot be converted", "expected one of float32"
+    ),
+    "a shape": Refused(
+        moments(x=STRUCT), TypeError, "x", "a ShapeDtypeStruct, which cannot", "expected one of float32"
+    ),
+    "a state": Refused(norm(x=STATE), TypeError, "x", "a State", "expected one of float32"),
     "a scalar": Refused(
         norm(x=np.float32(1)), ValueError, "feature_axis", "-1 is out of range for x of 0 dimensions", "give it axes"
     ),
@@ -65,6 +69,9 @@ INPUT = {
 
 PARAMS_AND_STATE = {
     "swapped": Refused(norm(params=STATE, state=PARAMS), TypeError, "params", "is a State", "jbn.Params(scale, bias)"),
+    "x and state swapped": Refused(
+        norm(x=STATE, state=MATRIX), TypeError, "state", "is a ndarray", "jbn.State(mean, var, count)"
+    ),
     "x first": Refused(norm(params=X, state=PARAMS, x=MATRIX), TypeError, "params", "is a ndarray", "jbn.Params"),
     "state a pair": Refused(norm(state=(PARAMS, STATE)), TypeError, "state", "a tuple", "jbn.State(mean, var, count)"),
     "features of x": Refused(
@@ -95,17 +102,68 @@ PARAMS_AND_STATE = {
         norm(params=jbn.Params(np.ones(3, np.int32), None)), TypeError, "params.scale", "int32", "a float dtype"
     ),
     "mean None": Refused(norm(state=STATE._replace(mean=None)), TypeError, "state.mean", "is None", "a numeric array"),
-    "count None": Refused(norm(state=STATE._replace(count=None)), TypeError, "state.count", "is None", "of shape ()"),
-    "count of channels": Refused(
-        norm(state=STATE._replace(count=jnp.zeros(3, jnp.int32))), ValueError, "state.count", "(3,)", "expected ()"
+    "count a list": Refused(
+        norm(state=STATE._replace(count=[0.0] * 3)),
+        TypeError,
+        "state.count",
+        "is [0.0, 0.0, 0.0]",
+        "array of shape (3,)",
     ),
-    "half-precision mean": Refused(
-        norm(state=HALF), TypeError, "state.mean.dtype", "is bfloat16", "give x in that dtype instead"
+    "count of 0.1": Refused(
+        norm(state=STATE._replace(count=jnp.int32(7))),
+        ValueError,
+        "state.count",
+        "shape (): expected (3,)",
+        "jbn.upgrade(tree)",
     ),
-    "half-precision var": Refused(
-        normalize(state=HALF._replace(mean=STATE.mean)), TypeError, "state.var.dtype", "is bfloat16", "expected float32"
+    "count of integers": Refused(
+        norm(state=STATE._replace(count=jnp.zeros(3, jnp.int32))), TypeError, "state.count", "int32", "a float dtype"
     ),
 }
+
+HALF_PRECISION = {
+    "mean": Refused(norm(state=HALF), TypeError, "state.mean.dtype", "is bfloat16", "give x in that dtype instead"),
+    "var": Refused(
+        norm(state=HALF._replace(mean=STATE.mean)), TypeError, "state.var.dtype", "is bfloat16", "expected float32"
+    ),
+    "count": Refused(
+        norm(state=STATE._replace(count=jnp.zeros(3, jnp.float16))),
+        TypeError,
+        "state.count.dtype",
+        "is float16",
+        "expected float32",
+    ),
+}
+
+SHORTCUT = {
+    "another shape": Refused(
+        norm(shortcut=MATRIX), ValueError, "shortcut", "has shape (8, 3), but x has (8, 16, 3)", "Project it first"
+    ),
+    "a shape that broadcasts": Refused(
+        norm(shortcut=X[:1]), ValueError, "shortcut", "has shape (1, 16, 3)", "expected the same shape"
+    ),
+    "integers": Refused(
+        norm(shortcut=np.ones(X.shape, np.int32)), TypeError, "shortcut", "has dtype int32", "expected one of float32"
+    ),
+    "a list": Refused(norm(shortcut=[1.0]), TypeError, "shortcut", "is [1.0]", "array of the shape of x, (8, 16, 3)"),
+    "a state": Refused(norm(shortcut=STATE), TypeError, "shortcut", "is State(", "array of the shape of x"),
+}
+
+
+class Unhashable:
+    """An activation that is compared, as a dataclass is that is not frozen."""
+
+    def __call__(self, y):
+        return y
+
+    def __eq__(self, other):
+        return isinstance(other, Unhashable)
+
+
+def prelu(call, slope):
+    """The call with an activation that captures a slope."""
+    return call(activation=lambda y: jnp.where(y > 0, y, y * slope))()
+
 
 OPTIONS = {
     "train a number": Refused(norm(train=1), TypeError, "train", "is 1", "True (batch statistics) or False (running"),
@@ -149,6 +207,16 @@ OPTIONS = {
     "activation to booleans": Refused(
         norm(activation=jnp.isfinite), ValueError, "activation", "dtype=bool", "whose result is a float array"
     ),
+    "activation that captures what is traced": Refused(
+        lambda: jax.grad(lambda slope: prelu(norm, slope)[0].sum())(0.1),
+        ValueError,
+        "activation",
+        "captures a traced float32[]",
+        "Give what is added as `shortcut`, or apply the activation to the result",
+    ),
+    "activation without a hash": Refused(
+        norm(activation=Unhashable()), TypeError, "activation", "which has no hash", "a frozen dataclass"
+    ),
     "activation to a pair": Refused(
         norm(activation=lambda y: (y, y)), ValueError, "activation", "(Shape", "jax.nn.relu"
     ),
@@ -163,6 +231,14 @@ def test_params_and_state_of_another_kind_shape_or_dtype_are_refused():
     assert_refused(PARAMS_AND_STATE, also_traced=True)
 
 
+def test_statistics_in_half_precision_are_refused_in_training():
+    assert_refused(HALF_PRECISION, also_traced=True)
+
+
+def test_shortcuts_of_another_kind_shape_or_dtype_are_refused():
+    assert_refused(SHORTCUT, also_traced=True)
+
+
 def test_bad_train_epsilon_running_var_dtype_and_activation_are_refused():
     assert_refused(OPTIONS, also_traced=True)
 
@@ -171,7 +247,7 @@ OF_TRAINING = ("nothing to reduce", "no features either", "train", "running_var"
 
 
 def test_inference_refuses_what_training_does():
-    rows = INPUT | PARAMS_AND_STATE | OPTIONS
+    rows = INPUT | PARAMS_AND_STATE | SHORTCUT | OPTIONS
     of_batch_norm = {
         name: row._replace(call=functools.partial(row.call, train=False))
         for name, row in rows.items()

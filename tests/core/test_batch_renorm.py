@@ -83,7 +83,7 @@ def test_without_correction_it_is_batch_norm(rng, options):
     # The compiler may join the r = 1 and d = 0 that it does not know with what follows, and round once more.
     close = functools.partial(assert_close, dtype="bfloat16" if "dtype" in options else "float32", scale=3)
     jax.tree.map(close, renormed(params, state, x, cotangent, **options), plain)
-    unset = jbn.unset(state)._replace(count=np.int32(50_000))
+    unset = jbn.unset(state)._replace(count=np.full(3, 50_000, np.float32))
     plain = normed(params, unset, x, cotangent, **options)
     jax.tree.map(close, renormed(params, unset, x, cotangent, **options), plain)
 

@@ -110,20 +110,74 @@ def test_derivatives_of_a_norm_without_scale_or_bias(small):
         assert_same_derivatives(modes, (ours, plain), given, x)
 
 
+def of_both_signs(y):
+    """An activation of a user's own, whose slope jax has to find."""
+    return y * jnp.exp(-jnp.square(y)) + 0.1 * y
+
+
+MASK = np.array([[True, True], [False, True], [True, True], [True, False]])
+JOINS = {
+    "none": {},
+    "relu, masked": {"activation": jax.nn.relu, "mask": MASK},
+    "silu, masked": {"activation": jax.nn.silu, "mask": MASK},
+    "tanh, ghost": {"activation": jnp.tanh, "ghost_batch_size": 2},
+    "a user's own": {"activation": of_both_signs},
+}
+"""With a shortcut; masks are by feature."""
+SLOW = ("tanh, ghost", "a user's own")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param(options, id=name, marks=pytest.mark.slow if name in SLOW else ()) for name, options in JOINS.items()],
+)
+def test_derivatives_in_x_and_in_the_shortcut(small, options):
+    """The join of a residual block: first and second derivatives, forward and reverse."""
+    params, state, x = small
+    arrays = jax.tree.map(lambda vector: vector[:2], params), x[:4, :2], jnp.cos(x[4:, :2])
+    groups = 2 if "ghost_batch_size" in options else 1
+    plain_options = {key: value for key, value in options.items() if key != "ghost_batch_size"}
+    state = jbn.init(2, jnp.float64)[1]
+
+    def ours(params, x, shortcut):
+        return jnp.sin(2 * jbn.batch_norm(params, state, x, True, shortcut=shortcut, **options)[0])
+
+    def plain(params, x, shortcut):
+        return jnp.sin(2 * reference.plain(params, x, shortcut=shortcut, groups=groups, **plain_options))
+
+    everything = (0, 1, 2)
+    modes = {
+        "value": lambda f: f,
+        "grad": lambda f: jax.grad(weighed(f), everything),
+        "remat": lambda f: jax.grad(jax.checkpoint(weighed(f)), everything),
+        "jvp": lambda f: lambda *args: jax.jvp(f, args, jax.tree.map(jnp.cos, args)),
+        "jvp of the shortcut": lambda f: lambda p, x, s: jax.jvp(lambda s: f(p, x, s), (s,), (jnp.sin(s),)),
+        "vmap of grad": lambda f: (
+            lambda p, x, s: jax.vmap(jax.grad(weighed(f), everything), (None, 0, None))(p, jnp.stack([x, 2 * x]), s)
+        ),
+        "hessian": lambda f: jax.hessian(weighed(f), everything),
+    }
+    assert_same_derivatives(modes, (ours, plain), *arrays)
+
+
+def weighed(function):
+    return lambda params, x, shortcut: jnp.sum(function(params, x, shortcut) * jnp.arange(1.0, 9).reshape(4, 2))
+
+
 def test_inference_is_differentiable_in_everything_but_the_count(x64, rng):
     """In the running statistics too, as any other values; PyTorch refuses this."""
-    x = rng.normal(size=(6, 3))
+    x, shortcut = rng.normal(size=(2, 6, 3))
     params = jbn.Params(rng.normal(size=3), rng.normal(size=3))
     mean_and_var = (rng.normal(size=3), rng.uniform(0.5, 2, 3))
 
     def ours(given, x):
-        params, (mean, var) = given
-        return jbn.normalize(params, jbn.State(mean, var, jnp.int32(0)), x, activation=jnp.tanh)
+        params, (mean, var), shortcut = given
+        return jbn.normalize(params, jbn.State(mean, var, None), x, activation=jnp.tanh, shortcut=shortcut)
 
     def plain(given, x):
-        params, (mean, var) = given
+        params, (mean, var), shortcut = given
         out = (x - mean[None]) / jnp.sqrt(var + 1e-5)[None]
-        return jnp.tanh(out * params.scale[None] + params.bias[None])
+        return jnp.tanh(out * params.scale[None] + params.bias[None] + shortcut)
 
     def loss(f):
         return lambda given, x: jnp.sum(jnp.sin(f(given, x)))
@@ -132,7 +186,7 @@ def test_inference_is_differentiable_in_everything_but_the_count(x64, rng):
         "grad": lambda f: jax.grad(loss(f), argnums=(0, 1)),
         "hessian": lambda f: jax.hessian(loss(f), argnums=(0, 1)),
     }
-    assert_same_derivatives(modes, (ours, plain), (params, mean_and_var), x)
+    assert_same_derivatives(modes, (ours, plain), (params, mean_and_var, shortcut), x)
 
 
 def test_running_statistics_are_not_differentiated(small):
@@ -147,92 +201,18 @@ def test_running_statistics_are_not_differentiated(small):
         np.testing.assert_array_equal(gradient, np.zeros_like(gradient))
 
 
-@pytest.mark.parametrize("mask", [None, np.array([True, True, False, True, False, True])], ids=["whole", "masked"])
-def test_moments_are_differentiable(x64, rng, mask):
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+def test_moments_are_differentiable(x64, rng, masked):
     x = jnp.asarray(rng.normal(size=(6, 2)) + 3)
+    mask = np.array([[1, 1], [1, 0], [0, 0], [1, 1], [0, 1], [1, 1]], bool) if masked else None
 
     def ours(x):
         batch = jbn.moments(x, mask=mask)
         return jnp.sum(jnp.sin(batch.mean) * jnp.exp(batch.var))
 
     def plain(x):
-        w = jnp.ones((6, 1)) if mask is None else jnp.asarray(mask)[:, None].astype(jnp.float64)
-        mean = jnp.sum(w * x, 0, keepdims=True) / jnp.sum(w)
-        return jnp.sum(jnp.sin(mean) * jnp.exp(jnp.sum(w * jnp.square(x - mean), 0, keepdims=True) / jnp.sum(w)))
+        w = jnp.ones((6, 2)) if mask is None else jnp.asarray(mask, jnp.float64)
+        mean = jnp.sum(w * x, 0) / jnp.sum(w, 0)
+        return jnp.sum(jnp.sin(mean) * jnp.exp(jnp.sum(w * jnp.square(x - mean[None]), 0) / jnp.sum(w, 0)))
 
     assert_same_derivatives({"grad": jax.grad, "hessian": jax.hessian}, (ours, plain), x)
-
-
-def test_arrays_that_an_activation_captures_are_differentiated(small):
-    params, state, x = small
-    slope = jnp.array([0.1, 0.2, 0.3])
-
-    def through(norm):
-        def loss(slope, params, x):
-            def prelu(y):
-                return jnp.where(y > 0, y, y * jnp.expand_dims(slope, range(y.ndim - 1)))
-
-            return jnp.sum(jnp.sin(norm(params, x, prelu)))
-
-        return loss
-
-    modes = {
-        "grad": lambda f: jax.grad(f, argnums=(0, 1, 2)),
-        "jacfwd": lambda f: jax.jacfwd(f, argnums=(0, 1, 2)),
-        "jvp of grad": lambda f: lambda *args: jax.jvp(jax.grad(f, argnums=(0, 1, 2)), args, args),
-        "vmap of grad": lambda f: (
-            lambda slope, *args: jax.vmap(jax.grad(f), in_axes=(0, None, None))(jnp.stack([slope, 2 * slope]), *args)
-        ),
-    }
-    ours = through(lambda p, x, act: jbn.batch_norm(p, state, x, True, activation=act)[0])
-    plain = through(lambda p, x, act: reference.plain(p, x, activation=act))
-    assert_same_derivatives(modes, (ours, plain), slope, params, x)
-
-
-OUTSIDE = {
-    "jit": lambda layer: jax.jit(layer),
-    "scan": lambda layer: lambda x, kept: jax.lax.scan(lambda h, k: (layer(h, k), None), x, kept[None])[0],
-    "vmap": lambda layer: lambda x, kept: jax.vmap(layer, in_axes=(None, 0))(x, kept[None])[0],
-    "cond": lambda layer: lambda x, kept: jax.lax.cond(x[0, 0] < 1e9, layer, lambda x, kept: x, x, kept),
-    "jit of remat": lambda layer: jax.jit(jax.checkpoint(layer)),
-}
-
-
-def test_an_activation_may_capture_what_is_not_differentiated(small):
-    """Booleans and integers, which are traced by a transformation outside."""
-    params, state, x = small
-    captured = {"kept": jnp.arange(24).reshape(8, 3) % 3 > 0, "threshold": jnp.int32(0)}
-
-    def through(norm):
-        def layer(x, kept):
-            def activation(y):
-                return jnp.where(kept, y, 0.0) * jnp.cos(jnp.maximum(y, captured["threshold"].astype(y.dtype)))
-
-            return norm(params, x, activation)
-
-        return layer
-
-    ours = through(lambda p, x, act: jbn.batch_norm(p, state, x, True, activation=act)[0])
-    plain = through(lambda p, x, act: reference.plain(p, x, activation=act))
-    modes = {
-        name: lambda f, o=outside: jax.grad(lambda x: jnp.sum(o(f)(x, captured["kept"]) ** 3))
-        for name, outside in OUTSIDE.items()
-    }
-    assert_same_derivatives(modes, (ours, plain), x)
-
-
-def test_an_activation_may_capture_a_random_key(small):
-    params, state, x = small
-
-    def dropout(norm):
-        def loss(key, x):
-            def activation(y):
-                return jnp.where(jax.random.bernoulli(key, 0.5, y.shape), y, 0.0)
-
-            return jnp.sum(norm(params, x, activation) ** 3)
-
-        return loss
-
-    ours = dropout(lambda p, x, act: jbn.batch_norm(p, state, x, True, activation=act)[0])
-    plain = dropout(lambda p, x, act: reference.plain(p, x, activation=act))
-    assert_same_derivatives({"grad": lambda f: jax.grad(f, argnums=1)}, (ours, plain), jax.random.key(0), x)

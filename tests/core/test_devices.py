@@ -26,6 +26,12 @@ def test_shared_statistics_without_a_mask_equal_those_of_the_whole_batch(rng, ca
     assert_each_batch_is_whole(rng, case, "float32", [("all", 1e4), ("all", 3)])
 
 
+@each("shard_map", "vmap, even groups", "pmap, two axes", AUTOMATIC, "jit, explicit sharding")
+def test_a_mask_by_feature_over_devices_is_that_of_the_whole_batch(rng, case):
+    """A feature of which a device has nothing, and one of which none has."""
+    assert_each_batch_is_whole(rng, case, "float32", [("by feature", 1e4)])
+
+
 @each("shard_map", "pmap, uneven groups", AUTOMATIC)
 def test_shared_statistics_of_bfloat16_equal_those_of_the_whole_batch(rng, case):
     assert_each_batch_is_whole(rng, case, "bfloat16", [("an empty part", 1e4), ("uneven", 3), ("nothing", 3)])
@@ -55,14 +61,17 @@ def batch_with_a_nan(rng, place):
 
 
 @each(*TRANSFORMS)
-def test_a_nan_on_one_device_keeps_the_state_of_all(rng, case):
+def test_a_nan_on_one_device_keeps_the_state_of_its_feature_on_all(rng, case):
     params, state = jbn.init(3)
-    result = built(case)(params, state, *batch_with_a_nan(rng, np.s_[20, :, 1]))
-    for leaf, expected in zip(result.new_state, state, strict=True):
-        np.testing.assert_array_equal(leaf, np.broadcast_to(expected, leaf.shape))
-    out = np.asarray(result.out)
+    x, everything, cotangent = batch_with_a_nan(rng, np.s_[20, :, 1])
+    result = built(case)(params, state, x, everything, cotangent)
+    others, out = [0, 2], np.asarray(result.out)
+    mean, var = reference.update(0, 1, reference.batch_norm(x[..., others]), 0.5)
+    for leaf, old, expected in zip(result.new_state, state, (mean, var, np.ones(2)), strict=True):
+        np.testing.assert_array_equal(leaf[:, 1], np.broadcast_to(old[1], len(leaf)))
+        assert_close(leaf[:, others], np.broadcast_to(expected, (len(leaf), 2)))
     assert np.isnan(out[..., 1]).all()
-    assert np.isfinite(out[..., [0, 2]]).all()
+    assert np.isfinite(out[..., others]).all()
 
 
 @each(*GROUPED)
@@ -72,7 +81,7 @@ def test_a_nan_in_one_group_stays_there(rng, case):
     bad, good = EVEN
     assert np.isnan(members(bad, result.out, 8)).all()
     assert_close(members(good, result.out, 8), reference.batch_norm(members(good, x, 8)).out, scale=5)
-    np.testing.assert_array_equal(result.new_state.count, np.isin(range(8), good))
+    np.testing.assert_array_equal(result.new_state.count, np.broadcast_to(np.isin(range(8), good)[:, None], (8, 3)))
 
 
 def in_lanes(call):

@@ -41,11 +41,13 @@ def test_sizes_that_do_not_divide_the_batch_are_refused():
     assert_refused(REFUSED, also_traced=True)
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
-@pytest.mark.parametrize("size", [1, 2, 6, 12])
+@pytest.mark.parametrize(
+    ("size", "masked"),
+    [(1, "not"), (6, "not"), (2, "by row"), (12, "by row"), (1, "by feature"), (6, "by feature")],
+)
 def test_ghost_batches_are_normalized_on_their_own(rng, size, masked):
     x = (rng.normal(size=(12, 4, 3)) + np.arange(12)[:, None, None]).astype(np.float32)
-    mask = rng.random((12, 4)) < 0.7 if masked else None
+    mask = rng.random((12, 4) if masked == "by row" else x.shape) < 0.7 if masked != "not" else None
     params = jbn.Params(*rng.normal(size=(2, 3)).astype(np.float32))
     out, state = batch_norm(params, jbn.init(3)[1], x, True, momentum=0.0, ghost_batch_size=size, mask=mask)
     for start in range(0, 12, size):
@@ -57,8 +59,13 @@ def test_ghost_batches_are_normalized_on_their_own(rng, size, masked):
     assert_close(state.var, whole.var)
 
 
-def test_a_nan_in_one_ghost_batch_leaves_the_others_clean(rng):
+def test_a_nan_in_one_ghost_batch_leaves_the_others_clean_and_the_state_of_its_feature(rng):
     x = rng.normal(size=(8, 3)).astype(np.float32)
+    expected = reference.batch_norm(x)
     x[0, 0] = np.nan
-    out, _ = batch_norm(*jbn.init(3), x, True, ghost_batch_size=4)
-    assert bool(jnp.all(jnp.isfinite(out[4:])))
+    out, state = batch_norm(*jbn.init(3), x, True, momentum=0.0, ghost_batch_size=4)
+    assert np.isnan(out[:4, 0]).all()
+    assert np.isfinite(out[4:]).all() and np.isfinite(out[:, 1:]).all()
+    np.testing.assert_array_equal(jnp.stack(state)[:, 0], [0, 1, 0])
+    assert_close(jnp.stack(state)[:2, 1:], np.stack(expected[1:3])[:, 1:])
+    np.testing.assert_array_equal(state.count, [0, 1, 1])

@@ -20,7 +20,7 @@ def test_every_layout_is_normalized_by_the_running_statistics(rng):
         features = tuple(shape[axis] for axis in reference.feature_axes(feature_axis, x.ndim))
         params = jbn.Params(*(rng.normal(size=features).astype(np.float32) for _ in range(2)))
         mean, var = rng.normal(size=features).astype(np.float32), rng.uniform(0.5, 2, features).astype(np.float32)
-        out = normalize(params, jbn.State(mean, var, 3), x, feature_axis=feature_axis)
+        out = normalize(params, jbn.State(mean, var, None), x, feature_axis=feature_axis)
         assert_close(out, reference.inference(x, mean, var, *params, feature_axis=feature_axis))
 
 
@@ -45,3 +45,17 @@ def test_no_examples_and_no_batch_axis():
     for shape in ((0, 3), (0, 2, 2, 3), (3,)):
         assert normalize(*jbn.init(3), jnp.zeros(shape)).shape == shape
     assert normalize(*jbn.init(0), jnp.zeros(0)).shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_statistics_in_half_precision_are_served(rng, dtype):
+    """As trees that were cast for serving have them; training refuses them."""
+    x = rng.normal(size=(8, 3)).astype(np.float32)
+    params, state = jax.tree.map(lambda leaf: leaf.astype(dtype), jbn.init(3))
+    state = state._replace(mean=jnp.asarray(rng.normal(size=3), dtype), var=jnp.asarray([0.5, 1, 9], dtype))
+    exact = (np.float64(vector) for vector in (*state[:2], *params))
+    expected = reference.inference(x, *exact)
+    assert_close(batch_norm(params, state, x, False)[0], expected)
+    assert_close(normalize(params, state, x), expected)
+    kernel, bias = jbn.fold(params, state, jnp.eye(3))
+    assert_close(x @ np.float64(kernel) + np.float64(bias), expected, scale=20)

@@ -7,7 +7,7 @@ import pytest
 from support import reference
 from support.programs import batch_norm, forward_and_backward
 from support.refusals import Refused, assert_refused, partly
-from support.tolerances import assert_close, assert_same
+from support.tolerances import assert_close, assert_moments, assert_same
 
 import jbn
 
@@ -18,18 +18,21 @@ X = np.ones((8, 16, 3), np.float32)
 norm = partly(jbn.batch_norm, params=PARAMS, state=STATE, x=X, train=True)
 normalize = partly(jbn.normalize, params=PARAMS, state=STATE, x=X)
 moments = partly(jbn.moments, x=X)
+jitted_moments = jax.jit(jbn.moments, static_argnames="feature_axis")
 REFUSED = {
-    "a text": Refused(norm(mask="abc"), TypeError, "mask", "a str that makes no array", "expected a boolean one"),
+    "a text": Refused(norm(mask="abc"), TypeError, "mask", "a str, which cannot be", "expected a boolean one"),
     "floats": Refused(
         norm(mask=np.ones((8, 16), np.float32)), TypeError, "mask", "has dtype float32", "use mask.astype(bool)"
     ),
     "another shape": Refused(
-        norm(mask=np.ones((8, 3), bool)), ValueError, "mask", "has shape (8, 3)", "expected (8, 16) or (8, 16, 1)"
+        norm(mask=np.ones((8, 3), bool)), ValueError, "mask", "has shape (8, 3)", "expected (8, 16), or (8, 16, 3)"
     ),
     "of examples": Refused(normalize(mask=np.ones(8, bool)), ValueError, "mask", "shape (8,)", "an axis may also be"),
-    "of x": Refused(moments(mask=np.ones(X.shape, bool)), ValueError, "mask", "shape (8, 16, 3)", "expected (8, 16)"),
+    "of another feature axis": Refused(
+        moments(mask=np.ones((8, 3, 16), bool)), ValueError, "mask", "shape (8, 3, 16)", "or (8, 16, 3), where an axis"
+    ),
     "of features": Refused(
-        norm(x=X[:, 0], mask=np.ones(3, bool)), ValueError, "mask", "has shape (3,)", "expected (8,) or (8, 1)"
+        norm(x=X[:, 0], mask=np.ones(3, bool)), ValueError, "mask", "has shape (3,)", "expected (8,), or (8, 3)"
     ),
 }
 
@@ -80,7 +83,7 @@ def test_masked_nan_stays_out_of_eager_gradients(dtype):
 )
 def test_nothing_valid_gives_0_and_leaves_the_state(debug_nans, rng, rows, options):
     params, state = jbn.Params(*rng.normal(size=(2, 3)).astype(np.float32)), jbn.init(3)[1]
-    state = state._replace(mean=rng.normal(size=3).astype(np.float32), count=np.int32(5))
+    state = state._replace(mean=rng.normal(size=3).astype(np.float32), count=np.full(3, 5, np.float32))
     x, cotangent = np.full((rows, 2, 3), np.nan, np.float32), np.ones((rows, 2, 3), np.float32)
     mask = np.zeros((rows, 2), bool) if rows else None
     found = forward_and_backward(params, state, x, cotangent, mask, activation=jnp.exp, **options)
@@ -91,13 +94,36 @@ def test_nothing_valid_gives_0_and_leaves_the_state(debug_nans, rng, rows, optio
 
 def test_axes_of_size_1_repeat_the_mask(rng):
     x = rng.normal(size=(6, 4, 5, 3)).astype(np.float32)
-    for shape in ((1, 4, 1), (6, 4, 5, 1), (6, 1, 1, 1)):
+    for shape in ((1, 4, 1), (6, 4, 5, 1), (6, 1, 1, 3)):
         mask = rng.random(shape) < 0.7
-        whole = np.broadcast_to(mask if mask.ndim == 4 else mask[..., None], (6, 4, 5, 1))
-        expected = reference.batch_norm(x, mask=whole)
+        expected = reference.batch_norm(x, mask=mask if mask.ndim == 4 else mask[..., None])
         out, state = batch_norm(*jbn.init(3), x, True, momentum=0.0, mask=mask)
         assert_close(out, expected.out, scale=5)
         assert_close(state.var, expected.var)
+
+
+@pytest.mark.parametrize("feature_axis", [-1, 1])
+def test_a_mask_by_feature_masks_each_feature_alone(debug_nans, rng, feature_axis):
+    """Missing values in a table: all are there of feature 0, some of 1, two of 2, none of 3, which keeps its state."""
+    x, cotangent = rng.normal(size=(2, 12, 5, 4)).astype(np.float32) + 3
+    mask = rng.random(x.shape) < [1, 0.6, 0, 0]
+    mask[7, 2:4, 2] = True
+    x[~mask] = np.nan
+    x, cotangent, mask = (np.moveaxis(array, -1, feature_axis) for array in (x, cotangent, mask))
+    params, state = jbn.Params(*rng.normal(size=(2, 4)).astype(np.float32)), jbn.init(4)[1]
+    found = forward_and_backward(params, state, x, cotangent, mask, feature_axis=feature_axis)
+    expected = reference.batch_norm(x, *params, cotangent, feature_axis=feature_axis, mask=mask)
+    assert_close(found.out, expected.out, scale=5)
+    assert_close(found.dx, expected.dx, scale=5)
+    for gradient, value in zip(found.gradients, (expected.dscale, expected.dbias), strict=True):
+        assert_close(gradient, value, scale=np.abs(cotangent).sum())
+    for array in (found.out, found.dx):
+        assert not np.asarray(array)[~mask].any()
+    valid = expected.count > 0
+    np.testing.assert_array_equal(found.new_state.count, valid)
+    assert_close(found.new_state.mean, np.where(valid, expected.mean, state.mean))
+    assert_close(found.new_state.var, np.where(valid, expected.var, state.var))
+    assert_moments(jitted_moments(x, feature_axis=feature_axis, mask=mask), expected, np.nan_to_num(x))
 
 
 PADDINGS = {
@@ -120,9 +146,6 @@ def test_padding_of_any_layout_is_exact_far_from_zero(rng):
         np.testing.assert_allclose(state.var, expected.var, rtol=1e-5, err_msg=name)
 
 
-jitted_moments = jax.jit(jbn.moments, static_argnames="feature_axis")
-
-
 def test_masks_beside_features_in_between(rng):
     for feature_axis in ((0, 2), (1, 3), 2):
         x = (rng.normal(size=(4, 5, 3, 6)) + 1e4).astype(np.float32)
@@ -135,7 +158,11 @@ def test_masks_beside_features_in_between(rng):
 
 
 def test_a_mask_changes_no_valid_value_at_inference(rng):
-    x, mask = rng.normal(size=(6, 4, 3)).astype(np.float32), rng.random((6, 4)) < 0.6
+    x = rng.normal(size=(6, 4, 3)).astype(np.float32)
     normalize = jax.jit(jbn.normalize)
-    masked, whole = (normalize(*jbn.init(3), x, mask=given) for given in (mask, None))
-    np.testing.assert_array_equal(masked[mask], whole[mask])
+    whole = normalize(*jbn.init(3), x)
+    for shape in ((6, 4), (6, 4, 3)):
+        mask = rng.random(shape) < 0.6
+        masked = np.asarray(normalize(*jbn.init(3), x, mask=mask))
+        np.testing.assert_array_equal(masked[mask], whole[mask])
+        assert not masked[~mask].any()

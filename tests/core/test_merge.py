@@ -9,7 +9,7 @@ from support.tolerances import UNIT, allowed, assert_close, assert_moments
 
 import jbn
 
-MOMENTS = jbn.Moments(np.zeros(3, np.float32), np.ones(3, np.float32), np.float32(8))
+MOMENTS = jbn.Moments(np.zeros(3, np.float32), np.ones(3, np.float32), np.full(3, 8, np.float32))
 TWO = np.ones(2, np.float32)
 REFUSED = {
     "no moments": Refused(lambda: jbn.merge(), ValueError, "merge", "got no moments", "at least one jbn.Moments"),
@@ -18,7 +18,10 @@ REFUSED = {
         lambda: jbn.merge(MOMENTS, MOMENTS._replace(mean=TWO)), ValueError, "moments", "[(3,), (2,)]", "one shape for"
     ),
     "no count": Refused(
-        lambda: jbn.merge(MOMENTS, MOMENTS._replace(count=None)), TypeError, "moments.count", "is None", "of shape ()"
+        lambda: jbn.merge(MOMENTS, MOMENTS._replace(count=None)), TypeError, "moments.count", "is None", "of shape (3,)"
+    ),
+    "one count for all features": Refused(
+        lambda: jbn.merge(MOMENTS._replace(count=np.float32(8))), ValueError, "moments.count", "has shape ()", "(3,)"
     ),
     "variances of other features": Refused(
         lambda: jbn.merge(MOMENTS._replace(var=TWO)), ValueError, "moments.var", "has shape (2,)", "expected (3,)"
@@ -43,7 +46,7 @@ def test_the_union_of_parts_is_the_whole_in_any_order(rng):
         return merge(one, two, three, four), merge(four, three, two, one), merge(merge(one, two), merge(three, four))
 
     for union in unions(x):
-        assert float(union.count) == 100
+        np.testing.assert_array_equal(union.count, np.full(4, 100))
         for feature in range(4):
             assert_close(union.mean[feature], expected.mean[feature])
             rounded_means = 2 * UNIT["float32"] * center[feature]
@@ -63,13 +66,22 @@ def test_empty_parts_do_nothing(rng):
     x = rng.normal(size=(10, 3)).astype(np.float32)
     batch, nothing = jbn.moments(x), jbn.moments(x[:0])
     assert_moments(jbn.merge(nothing, batch, nothing), batch, x)
-    unknown = jbn.Moments(jnp.full(3, jnp.nan), jnp.full(3, -jnp.inf), jnp.float32(0))
+    unknown = jbn.Moments(jnp.full(3, jnp.nan), jnp.full(3, -jnp.inf), jnp.zeros(3))
     assert_moments(jbn.merge(unknown, batch), batch, x)
 
 
 def test_empty_parts_do_nothing_far_from_zero(rng):
     """The distance from where nothing is, 0, is beyond the range once it is squared."""
     x = (1e20 * (1 + 1e-6 * rng.normal(size=(7, 3)))).astype(np.float32)
-    nothing = jbn.Moments(jnp.zeros(3), jnp.zeros(3), jnp.float32(0))
+    nothing = jbn.Moments(*jnp.zeros((3, 3)))
     for merged in jax.jit(lambda x: (jbn.merge(nothing, jbn.moments(x)), jbn.merge(jbn.moments(x), nothing)))(x):
         assert_close(merged.var, reference.batch_norm(x).var)
+
+
+def test_each_feature_has_a_count_of_its_own(rng):
+    """Of masks by feature; one feature has nothing in one part, one nothing at all."""
+    x = (rng.normal(size=(40, 3)) + 3).astype(np.float32)
+    mask = rng.random(x.shape) < 0.5
+    mask[:20, 1] = mask[:, 2] = False
+    union = jbn.merge(*(jbn.moments(x[part], mask=mask[part]) for part in (slice(20), slice(20, 40))))
+    assert_moments(union, reference.batch_norm(x, mask=mask), x)

@@ -1,5 +1,9 @@
 """Momentum schedules: what they average, how precise they are, and the momenta that are refused."""
 
+import copy
+import functools
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -79,12 +83,44 @@ def test_schedules_take_any_count():
             np.testing.assert_allclose(under_jit(count), expected)
 
 
+SCHEDULES_AS_VALUES = {
+    "jbn.momentum.cumulative()": jbn.momentum.cumulative,
+    "jbn.momentum.warmup(0.9)": functools.partial(jbn.momentum.warmup, 0.9),
+    "jbn.momentum.debiased(0.99)": functools.partial(jbn.momentum.debiased, 0.99),
+    "jbn.renorm.r_max(3.0, begin=10, end=20)": functools.partial(jbn.renorm.r_max, 3, begin=10, end=20),
+    "jbn.renorm.d_max(5.0, begin=10, end=20)": functools.partial(jbn.renorm.d_max, 5, begin=10, end=20),
+}
+
+
+def test_schedules_are_values():
+    """Two made alike are equal, also by pickle, copy and from what they print as; models hold and compare them."""
+    made = {shown: make() for shown, make in SCHEDULES_AS_VALUES.items()}
+    for shown, schedule in made.items():
+        assert repr(schedule) == shown
+        copies = [SCHEDULES_AS_VALUES[shown](), eval(shown, {"jbn": jbn}), copy.deepcopy(schedule)]
+        for other in (*copies, pickle.loads(pickle.dumps(schedule))):
+            assert other == schedule and hash(other) == hash(schedule)
+    assert len(set(made.values())) == len(made)
+    assert jbn.momentum.warmup(0.9) != jbn.momentum.warmup(0.8)
+    assert jbn.renorm.r_max(5.0, begin=10, end=20) != made["jbn.renorm.d_max(5.0, begin=10, end=20)"]
+
+
 def by_a_condition(count):
     return 2 if count < 9 else 3
 
 
+class Unhashable:
+    """A schedule that is compared, as a dataclass is that is not frozen."""
+
+    def __call__(self, count):
+        return 0.5
+
+    def __eq__(self, other):
+        return isinstance(other, Unhashable)
+
+
 PARAMS, STATE = jbn.init(3)
-MOMENTS = jbn.Moments(np.zeros(3, np.float32), np.ones(3, np.float32), np.float32(8))
+MOMENTS = jbn.Moments(np.zeros(3, np.float32), np.ones(3, np.float32), np.full(3, 8, np.float32))
 norm = partly(jbn.batch_norm, params=PARAMS, state=STATE, x=np.ones((8, 16, 3), np.float32), train=True)
 renorm = partly(jbn.batch_renorm, params=PARAMS, state=STATE, x=np.ones((8, 16, 3), np.float32), train=True)
 update = partly(jbn.update, state=STATE, moments=MOMENTS)
@@ -107,19 +143,42 @@ MOMENTA = {
         update(momentum=jbn.momentum.cumulative), TypeError, "momentum", "jbn.momentum.cumulative itself", "call it"
     ),
     "gives channels": Refused(
-        update(momentum=lambda count: np.ones(3)), TypeError, "momentum", "gives array([1., 1., 1.])", "to a scalar"
+        update(momentum=lambda count: np.ones(3)), TypeError, "momentum", "gives array([1., 1., 1.])", "to a number"
     ),
     "gives None": Refused(
-        update(momentum=lambda count: None), TypeError, "momentum", "gives None", "the count of updates to a scalar"
+        update(momentum=lambda count: None),
+        TypeError,
+        "momentum",
+        "gives None",
+        "the count of updates, an int32 scalar",
     ),
-    "gives a text": Refused(
-        update(momentum=lambda count: "0.9"), TypeError, "momentum", "gives '0.9'", "expected a number"
-    ),
+    "gives a text": Refused(update(momentum=lambda count: "0.9"), TypeError, "momentum", "gives '0.9'", "to a number"),
     "without a count": Refused(
         update(momentum=lambda: 0.9), TypeError, "momentum", "takes 0 positional", "count of updates"
     ),
     "by a Python condition": Refused(
-        jitted(norm(momentum=by_a_condition)), TypeError, "momentum", "boolean conversion", "jnp.where for `if`"
+        norm(momentum=by_a_condition),
+        TypeError,
+        "momentum",
+        "boolean conversion",
+        "Write jnp.where or jax.lax.cond for",
+    ),
+    "by NumPy": Refused(
+        update(momentum=lambda count: np.float32(count) / 9),
+        TypeError,
+        "momentum",
+        "fails on a traced",
+        "and jnp for math",
+    ),
+    "of a statistic without a count": Refused(
+        norm(state=STATE._replace(count=None), momentum=jbn.momentum.warmup(0.9)),
+        ValueError,
+        "state.count",
+        "is None, but `momentum` is a schedule",
+        "expected an array like `state.mean`",
+    ),
+    "without a hash": Refused(
+        norm(momentum=Unhashable()), TypeError, "momentum", "which has no hash", "a frozen dataclass"
     ),
 }
 SCHEDULES = {

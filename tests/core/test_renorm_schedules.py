@@ -33,7 +33,16 @@ def test_bounds_follow_the_count(rng):
     renormed = jax.jit(lambda state: jbn.batch_renorm(params, state, x, True, **schedules)[0])
     for count, r_max, d_max in ((10, 1, 0), (12, 1.2, 0.2), (999, 2, 1)):
         expected = corrected(params, state, x, r_max=r_max, d_max=d_max)
-        assert_close(renormed(state._replace(count=jnp.int32(count))), expected.out, scale=3)
+        assert_close(renormed(state._replace(count=jnp.full(3, float(count)))), expected.out, scale=3)
+
+
+def test_each_feature_has_the_bound_of_its_own_count(rng):
+    params, state, x = case(rng, (8, 3))
+    state = state._replace(count=np.float32([10, 12, 999]))
+    schedules = {"r_max": jbn.renorm.r_max(2.0, begin=10, end=20), "d_max": jbn.renorm.d_max(1.0, begin=10, end=20)}
+    bounds = {"r_max": np.array([1, 1.2, 2]), "d_max": np.array([0, 0.2, 1])}
+    out, _ = jax.jit(lambda state: jbn.batch_renorm(params, state, x, True, **schedules))(state)
+    assert_close(out, corrected(params, state, x, **bounds).out, scale=3)
 
 
 def test_traced_and_scheduled_bounds_that_allow_nothing_are_closed(rng):
@@ -74,13 +83,17 @@ BOUNDS = {
     ),
     "uncalled": Refused(renorm(r_max=jbn.renorm.r_max), TypeError, "r_max", "jbn.renorm.r_max itself", "call it, as"),
     "the other's": Refused(
-        renorm(r_max=jbn.renorm.d_max), TypeError, "r_max", "renorm.d_max itself", "as in jbn.renorm.r_max()"
+        renorm(r_max=jbn.renorm.d_max), TypeError, "r_max", "renorm.d_max itself", "call it, as in the docs"
     ),
     "gives channels": Refused(
-        renorm(d_max=lambda count: np.ones(3)), TypeError, "d_max", "gives array(", "to a scalar"
+        renorm(d_max=lambda count: np.ones(3)), TypeError, "d_max", "gives array(", "to a number"
     ),
     "by a Python condition": Refused(
-        jitted(renorm(r_max=by_a_condition)), TypeError, "r_max", "boolean conversion", "write jnp.where for `if`"
+        renorm(r_max=by_a_condition),
+        TypeError,
+        "r_max",
+        "boolean conversion",
+        "Write jnp.where or jax.lax.cond for `if`",
     ),
 }
 SCHEDULES = {

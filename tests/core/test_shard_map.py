@@ -64,7 +64,8 @@ def test_pmean_of_means_is_wrong_elsewhere(rng, case):
         ("mask", "devices", jax.nn.gelu),
         ("x", None, None),
         ("x", "devices", jax.nn.relu),
-        ("captured", None, jax.nn.relu),
+        ("shortcut", None, jax.nn.relu),
+        ("shortcut", "devices", jax.nn.silu),
     ],
 )
 def test_values_that_differ_over_devices_raise_no_error_and_give_finite_gradients(rng, varying, axis_name, activation):
@@ -75,7 +76,7 @@ def test_values_that_differ_over_devices_raise_no_error_and_give_finite_gradient
 
     def loss(x, own, valid):
         bias = jnp.broadcast_to(own if varying == "params" else jnp.float32(1), 3)
-        slope = own if varying == "captured" else jnp.float32(2)
+        shortcut = jnp.broadcast_to(own, x.shape) if varying == "shortcut" else None
         out, _ = jbn.batch_norm(
             jbn.Params(None, bias),
             jbn.init(3)[1],
@@ -83,7 +84,8 @@ def test_values_that_differ_over_devices_raise_no_error_and_give_finite_gradient
             True,
             mask=valid if varying == "mask" else None,
             axis_name=axis_name,
-            activation=None if activation is None else lambda y: activation(y) * slope,
+            activation=activation,
+            shortcut=shortcut,
         )
         return jax.lax.psum(jnp.sum(out**3), "devices")
 
@@ -96,7 +98,7 @@ def test_values_that_differ_over_devices_raise_no_error_and_give_finite_gradient
     specs = split.get(varying, (P("devices"), P("devices"), P()))
     if varying == "mask":
         x = x[:2]
-    out_spec = P("devices") if varying == "captured" else P()
+    out_spec = P("devices") if varying == "shortcut" else P()
     mapped = jax.shard_map(one_device, mesh=devices_of({"devices": 8}), in_specs=specs, out_specs=out_spec)
     assert bool(jnp.all(jnp.isfinite(compiled(mapped)(x, own, valid))))
 

@@ -70,12 +70,11 @@ def test_any_split_of_the_batch_gives_the_results_of_one_device(rng, kind, split
     with jax.set_mesh(mesh):
         spread, spread_cotangent = jax.device_put((x, cotangent), NamedSharding(mesh, SPLITS[split]))
         spread_mask = jax.device_put(mask, NamedSharding(mesh, P(*SPLITS[split][:3])))
-        spread_params, mean_var = jax.device_put((params, jbn.init(16)[1][:2]), NamedSharding(mesh, features))
-        state = jbn.State(*mean_var, jnp.int32(0))
+        spread_params, state = jax.device_put((params, jbn.init(16)[1]), NamedSharding(mesh, features))
         result = one_step(spread_params, state, spread, spread_mask, spread_cotangent)
     for array in (result.out, result.dx):
         assert array.sharding.is_equivalent_to(spread.sharding, x.ndim)
-    for vector in (*result.gradients, *(leaf[0] for leaf in result.new_state[:2])):
+    for vector in (*result.gradients, *(leaf[0] for leaf in result.new_state)):
         assert vector.sharding.is_equivalent_to(NamedSharding(mesh, features), 1)
     assert_one_device(result, params, x, mask, cotangent)
 

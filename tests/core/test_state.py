@@ -1,6 +1,7 @@
 """The state: init, update and unset, and what a state keeps."""
 
 import copy
+import functools
 import pickle
 
 import jax
@@ -15,7 +16,7 @@ from support.tolerances import assert_close, assert_same
 import jbn
 
 STATE = jbn.init(3)[1]
-MOMENTS = jbn.Moments(np.zeros(3, np.float32), np.ones(3, np.float32), np.float32(8))
+MOMENTS = jbn.Moments(np.zeros(3, np.float32), np.ones(3, np.float32), np.full(3, 8, np.float32))
 HALF = jbn.State(jnp.zeros(3, jnp.bfloat16), jnp.ones(3, jnp.bfloat16), jnp.zeros(3))
 update = partly(jbn.update, state=STATE, moments=MOMENTS)
 REFUSED = {
@@ -44,6 +45,27 @@ REFUSED = {
     "update in half precision": Refused(
         update(state=HALF), TypeError, "state.mean.dtype", "is bfloat16", "expected float32 or float64"
     ),
+    "update of a count in half precision": Refused(
+        update(state=STATE._replace(count=jnp.zeros(3, jnp.bfloat16))),
+        TypeError,
+        "state.count.dtype",
+        "is bfloat16",
+        "expected float32 or",
+    ),
+    "update of one count for all features": Refused(
+        update(state=STATE._replace(count=jnp.float32(7))),
+        ValueError,
+        "state.count",
+        "has shape (): expected (3,)",
+        "jbn.upgrade(tree)",
+    ),
+    "update by one count for all features": Refused(
+        update(moments=MOMENTS._replace(count=np.float32(8))),
+        ValueError,
+        "moments.count",
+        "has shape ()",
+        "expected (3,)",
+    ),
     "update by many momenta": Refused(
         update(momentum=np.ones(3)), TypeError, "momentum", "is array([1., 1., 1.])", "expected a number in [0, 1]"
     ),
@@ -63,7 +85,8 @@ def test_a_new_state_has_mean_0_and_variance_1_and_no_updates():
     for leaf, expected in zip((*params, *state), (1, 0, 0, 1, 0), strict=True):
         np.testing.assert_array_equal(leaf, np.full_like(leaf, expected))
     assert params.scale.shape == state.var.shape == (2, 3)
-    assert state.count.dtype == jnp.int32
+    assert state.count.shape == (2, 3)
+    assert jbn.init(3, jnp.float32)[1].count.dtype == jnp.float32
 
 
 @pytest.mark.parametrize("copied", [lambda value: pickle.loads(pickle.dumps(value)), copy.deepcopy])
@@ -81,14 +104,55 @@ def test_a_state_of_two_dtypes_takes_that_of_its_mean(x64, rng):
     assert_close(new.var, moments.var)
 
 
-def test_an_averaged_count_is_rounded(rng):
-    """An average of states, of two counts of 1 or of rounded weights, trains on under a schedule."""
-    moments = batch(rng)
-    for count, expected in ((1.0, 2), (2.9999998, 4), (3.0000002, 4), (2.5, 3)):
-        averaged = STATE._replace(count=jnp.float32(count))
-        new = jbn.update(averaged, moments, momentum=jbn.momentum.cumulative())
-        assert new.count.dtype == jnp.int32
-        assert int(new.count) == expected
+def test_a_schedule_sees_an_averaged_count_rounded_up(rng):
+    """An average of states, of two counts of 1 or by weights that are rounded, trains on under a schedule."""
+    moments, counts = batch(rng), np.float32([1.0, 2.5, 2.9999998])
+    new = jbn.update(STATE._replace(count=counts), moments, momentum=lambda count: count.astype(jnp.float32) / 4)
+    assert_close(new.mean, np.float64(moments.mean) * [3 / 4, 1 / 4, 1 / 4])
+    np.testing.assert_array_equal(new.count, counts + 1)
+
+
+def test_a_schedule_sees_one_int32_scalar(rng):
+    """So that optax's interpolations, lax.cond and tables work in it, whatever the shape of the features."""
+    seen, table = [], jnp.array([0.0, 0.5, 1.0])
+
+    def schedule(count):
+        seen.append((count.shape, count.dtype.name))
+        return jax.lax.cond(count > 2, lambda: jnp.float32(1), lambda: table[count])
+
+    moments = jbn.moments(rng.normal(size=(8, 2, 2)).astype(np.float32), feature_axis=(1, 2))
+    start = jbn.init((2, 2))[1]._replace(count=np.float32([[0, 1], [2, 9]]))
+    new = jbn.update(start, moments, momentum=schedule)
+    assert set(seen) == {((), "int32")}
+    assert_close(new.mean, np.float64(moments.mean) * [[1, 0.5], [0, 0]])
+
+
+def test_averages_of_states_inside_a_loop_keep_their_dtypes_and_train_on(rng):
+    """A target network's, by optax, and that of replicas, by pmean: under a schedule, which reads the count."""
+    batches = rng.normal(size=(5, 2, 16, 3)).astype(np.float32) + 3
+    step = functools.partial(jbn.update, momentum=jbn.momentum.cumulative())
+
+    def step_and_average(state, x):
+        return jax.lax.pmean(step(state, jbn.moments(x)), "replicas")
+
+    def body(carry, x):
+        replicas, target = carry
+        replicas = jax.vmap(step_and_average, axis_name="replicas")(replicas, x)
+        target = optax.incremental_update(jax.tree.map(lambda leaf: leaf[0], replicas), target, 0.25)
+        return (replicas, target), None
+
+    start = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), STATE)
+    (replicas, target), _ = jax.jit(lambda carry: jax.lax.scan(body, carry, batches))((start, STATE))
+    means = np.float64(batches).mean((1, 2))
+    averages = np.cumsum(means, 0) / np.arange(1, 6)[:, None]
+    expected, count = np.zeros(3), 0.0
+    for number, average in enumerate(averages, 1):
+        expected, count = 0.75 * expected + 0.25 * average, 0.75 * count + 0.25 * number
+    assert_close(replicas.mean[0], averages[-1])
+    assert_close(target.mean, expected)
+    assert_close(target.count, np.full(3, count))
+    kept, moments = np.ceil(count) / (np.ceil(count) + 1), batch(rng)
+    assert_close(step(target, moments).mean, kept * expected + (1 - kept) * np.float64(moments.mean))
 
 
 @pytest.mark.parametrize("momentum", [0.999, 0.9999])
@@ -105,7 +169,7 @@ def test_update_with_a_momentum_near_one_loses_nothing(rng, momentum):
 
 
 def test_a_cumulative_average_keeps_its_digits_from_a_far_start(rng):
-    start, moments = jbn.State(jnp.full(1, 1e8), jnp.ones(1), jnp.zeros(3)), batch(rng, features=1)
+    start, moments = jbn.State(jnp.full(1, 1e8), jnp.ones(1), jnp.zeros(1)), batch(rng, features=1)
     state = jbn.update(start, moments, momentum=jbn.momentum.cumulative())
     assert_close(state.mean, moments.mean)
 
@@ -115,7 +179,7 @@ def test_unset_statistics_take_the_next_batch_whole(debug_nans, rng, running_var
     moments = batch(rng)
     new = jax.jit(lambda s: jbn.update(s, moments, running_var=running_var))(jbn.unset(STATE))
     assert_same(new[:2], moments[:2])
-    assert int(new.count) == 1
+    np.testing.assert_array_equal(new.count, np.ones(3))
 
 
 def test_unset_survives_averaging_and_is_loud():
@@ -127,14 +191,14 @@ def test_unset_survives_averaging_and_is_loud():
 def test_unset_marks_every_node_of_statistics_and_nothing_else():
     _, state = jbn.init(2)
     tree = {
-        "ours": state._replace(count=jnp.int32(3)),
+        "ours": state._replace(count=jnp.full(2, 3.0)),
         "linen": {"mean": jnp.ones(2), "var": jnp.ones(2)},
         "other": {"mean": jnp.ones(2), "step": jnp.int32(4)},
         "table": {"mean": jnp.ones(2, jnp.int32), "var": jnp.ones(2, jnp.int32)},
     }
     marked = jbn.unset(tree)
     np.testing.assert_array_equal(marked["ours"].mean, [0, 0])
-    assert int(marked["ours"].count) == 0
+    np.testing.assert_array_equal(marked["ours"].count, [0, 0])
     for node in (marked["ours"].var, marked["linen"]["var"]):
         np.testing.assert_array_equal(node, [-np.inf, -np.inf])
     for name in ("other", "table"):
@@ -145,15 +209,28 @@ def test_one_value_has_no_unbiased_variance(rng):
     for running_var, rows, moves in (("unbiased", 1, 0), ("unbiased", 2, 1), ("biased", 1, 1), ("total", 1, 1)):
         for start in (STATE, jbn.unset(STATE)):
             new = jbn.update(start, batch(rng, rows), running_var=running_var)
-            assert int(new.count) == moves, (running_var, rows)
+            np.testing.assert_array_equal(new.count, np.full(3, moves), err_msg=f"{running_var}, {rows}")
             if not moves:
                 assert_same(new.var, start.var)
 
 
-def test_a_new_state_that_would_overflow_is_not_taken():
-    _, state = jbn.init(1)
-    far = jbn.Moments(jnp.full(1, 1e30), jnp.ones(1), jnp.float32(8))
-    assert_same(jbn.update(state, far, running_var="total"), state)
+def test_features_with_one_value_keep_their_state_under_unbiased_and_the_others_move():
+    """A feature with two values moves to their unbiased variance, of the set as of the unset state."""
+    moments = jbn.Moments(*np.float32([[5, 6, 7], [0, 4, 0], [1, 2, 0]]))
+    for start in (STATE, jbn.unset(STATE)):
+        new = jbn.update(start, moments, momentum=0.5, running_var="unbiased")
+        var = 4 if np.isneginf(start.var[1]) else 0.5 * 1 + 0.5 * (4 * 2 / 1)
+        np.testing.assert_array_equal(new.mean, [start.mean[0], 6 if var == 4 else 3, start.mean[2]])
+        np.testing.assert_array_equal(new.var, [start.var[0], var, start.var[2]])
+        np.testing.assert_array_equal(new.count, [0, 1, 0])
+
+
+def test_a_feature_whose_new_statistics_would_overflow_keeps_its_own():
+    far = jbn.Moments(jnp.array([1e30, 2, 3]), jnp.ones(3), jnp.full(3, 8.0))
+    new = jbn.update(STATE, far, momentum=0.5, running_var="total")
+    np.testing.assert_array_equal(new.mean, [0, 1, 1.5])
+    np.testing.assert_array_equal(new.var, [1, 2, 3.25])
+    np.testing.assert_array_equal(new.count, [0, 1, 1])
 
 
 SCHEDULES = {
@@ -187,7 +264,8 @@ def test_every_schedule_gives_the_momentum_of_the_count_under_jit(rng):
             expected[name] = mean, var
             assert_close(states[name].mean, mean, scale=4)
             assert_close(states[name].var, var, scale=4)
-    assert all(int(state.count) == 8 for state in states.values())
+    for state in states.values():
+        np.testing.assert_array_equal(state.count, np.full(3, 8))
 
 
 def test_a_traced_momentum_is_clipped(rng):
@@ -197,30 +275,25 @@ def test_a_traced_momentum_is_clipped(rng):
         assert_close(traced(value).mean, jbn.update(STATE, moments, momentum=clipped).mean)
 
 
-def test_the_count_is_exact_beyond_what_float32_can_count_and_ends_at_the_largest_int32(rng):
-    moments = batch(rng)
-    for count, expected in ((2**24 + 1, 2**24 + 2), (2**31 - 1, 2**31 - 1)):
-        new = jbn.update(STATE._replace(count=jnp.int32(count)), moments)
-        assert int(new.count) == expected
-        assert (np.asarray(new.mean) != 0).all()
+def test_the_count_stays_at_the_last_whole_number_that_float32_can_count_to_and_the_state_moves(rng):
+    moments, last = batch(rng), 2**24
+    new = jbn.update(STATE._replace(count=jnp.array([last - 1.0, last, 0])), moments)
+    np.testing.assert_array_equal(new.count, [last, last, 1])
+    assert (np.asarray(new.mean) != 0).all()
 
 
 @pytest.mark.parametrize("field", ["mean", "var"])
-def test_a_faulty_batch_is_not_taken_beside_a_faulty_state(rng, field):
-    """A batch that is not finite in a feature that is lost already is faulty all the same."""
-    faulty = STATE._replace(mean=jnp.array([0.0, jnp.nan, 0.0]))
+def test_a_feature_that_is_not_finite_keeps_its_state_and_the_others_move(rng, field):
+    """The same beside a feature of the state that is lost already: it stays lost, and where it is."""
     good = batch(rng)
     bad = good._replace(**{field: getattr(good, field).at[1].set(jnp.nan)})
-    assert_same(jbn.update(faulty, bad), faulty)
-
-
-def test_a_fault_in_one_feature_of_the_state_stays_there(rng):
-    moments = batch(rng)
-    faulty = STATE._replace(mean=jnp.array([0.0, jnp.nan, 0.0]), var=jnp.array([1.0, 1.0, jnp.inf]))
-    new, expected = (jbn.update(state, moments, momentum=0.5) for state in (faulty, STATE))
-    np.testing.assert_array_equal(new.mean, [expected.mean[0], np.nan, 0])
-    np.testing.assert_array_equal(new.var, [expected.var[0], 1, np.inf])
-    assert int(new.count) == 1
+    for start in (STATE, STATE._replace(mean=jnp.array([jnp.nan, 0.0, 0.0]), var=jnp.array([1.0, 1.0, jnp.inf]))):
+        new = jbn.update(start, bad, momentum=0.5)
+        moves = np.isfinite(start.mean) & np.isfinite(start.var) & [True, False, True]
+        for old, other, value in zip(start[:2], good[:2], new[:2], strict=True):
+            np.testing.assert_array_equal(value[~moves], old[~moves])
+            assert_close(value[moves], (0.5 * np.float64(old) + 0.5 * np.float64(other))[moves])
+        np.testing.assert_array_equal(new.count, moves)
 
 
 def test_update_is_not_differentiated(rng):

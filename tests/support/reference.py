@@ -79,25 +79,28 @@ def update(mean, var, batch: Reference, momentum, running_var="biased"):
     return momentum * mean + (1 - momentum) * batch.mean, momentum * var + (1 - momentum) * taken
 
 
-def plain(params, x, *, mask=None, epsilon=1e-5, activation=None, groups=1):
+def plain(params, x, *, mask=None, epsilon=1e-5, activation=None, groups=1, shortcut=None):
     """Training output for features last, as the formula says, for plain automatic differentiation."""
     if groups > 1:
-        cut = x.reshape(groups, -1, *x.shape[1:])
-        cut_mask = None if mask is None else mask.reshape(groups, -1, *mask.shape[1:])
+        options = {"epsilon": epsilon, "activation": activation}
+        given = {"x": x, "mask": mask, "shortcut": shortcut}
+        cut = {name: jnp.split(array, groups) for name, array in given.items() if array is not None}
         each = [
-            plain(params, cut[i], mask=None if mask is None else cut_mask[i], epsilon=epsilon, activation=activation)
-            for i in range(groups)
+            plain(params, **dict(zip(cut, parts, strict=True)), **options) for parts in zip(*cut.values(), strict=True)
         ]
         return jnp.concatenate(each)
     axes = tuple(range(x.ndim - 1))
-    w = jnp.ones_like(x[..., :1]) if mask is None else mask[..., None].astype(x.dtype)
-    x = x if mask is None else jnp.where(mask[..., None], x, 0.0)
-    n = jnp.sum(w)
+    mask = jnp.ones_like(x, bool) if mask is None else jnp.asarray(mask)
+    mask = mask[..., None] if mask.ndim < x.ndim else mask
+    w = jnp.broadcast_to(mask, x.shape).astype(x.dtype)
+    x = jnp.where(mask, x, 0.0)
+    n = jnp.sum(w, axes, keepdims=True)
     mean = jnp.sum(w * x, axes, keepdims=True) / n
     var = jnp.sum(w * jnp.square(x - mean), axes, keepdims=True) / n
     out = (x - mean) * jax.lax.rsqrt(var + epsilon)
     shape = (1,) * (x.ndim - 1) + x.shape[-1:]
     out = out if params.scale is None else out * params.scale.reshape(shape)
     out = out if params.bias is None else out + params.bias.reshape(shape)
+    out = out if shortcut is None else out + shortcut
     out = out if activation is None else activation(out)
     return out * w

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-TRACED = ("params", "state", "x", "mask", "moments", "kernel", "bias")
+TRACED = ("params", "state", "x", "mask", "shortcut", "moments", "kernel", "bias")
 """The arguments that are traced when a call is made inside of a transformation."""
 
 

@@ -17,7 +17,7 @@ def case(rng, shape, feature_axis=-1, mean=3.0):
     features = tuple(shape[axis] for axis in reference.feature_axes(feature_axis, len(shape)))
     params = jbn.Params(*((rng.normal(size=features) + one).astype(np.float32) for one in (1, 0)))
     start = (rng.normal(size=features) * RUNNING + mean).astype(np.float32)
-    state = jbn.State(start, rng.uniform(1, 9, features).astype(np.float32), np.int32(7))
+    state = jbn.State(start, rng.uniform(1, 9, features).astype(np.float32), np.full(features, 7, np.float32))
     return params, state, x
 
 
