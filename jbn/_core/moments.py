@@ -163,8 +163,7 @@ def of_batch(rule: Rule, x: jax.Array, mask: jax.Array | None) -> ShiftedMoments
         batch = shared(rule.sharing, batch)
     if x.dtype == jnp.bfloat16:
         batch = batch._replace(shift=mean_of(batch), offset=None)
-    named = jax.tree.map(lambda vector: checkpoint_name(vector, NAME), batch[:3])
-    return ShiftedMoments(*named, count=batch.count)
+    return jax.tree.map(lambda value: checkpoint_name(value, NAME) if np.ndim(value) else value, batch)
 
 
 def _about(shift: jax.Array, x: jax.Array, mask: jax.Array | None, count: Any, reduced: tuple[int, ...]) -> Any:
@@ -217,11 +216,15 @@ def near_the_data(x: jax.Array, reduced: tuple[int, ...]) -> jax.Array:
         return wide(x)
     inner = [axis for axis in reduced[1:] if isinstance(x.shape[axis], int) and x.shape[axis] >= 3]
     along = (inner or reduced)[0]
-    size = x.shape[along] if isinstance(x.shape[along], int) else 1
+    size = x.shape[along]
     # Along this axis last: where it is split, cutting a row out of x at once would send a slab of x to a neighbor.
     for axis in reduced:
         x = x if axis == along else lax.slice_in_dim(x, 0, 1, axis=axis)
-    a, b, c = (wide(lax.slice_in_dim(x, at, at + 1, axis=along)) for at in (size // 4, size // 2, 3 * size // 4))
+    if isinstance(size, int):
+        rows = [lax.slice_in_dim(x, at, at + 1, axis=along) for at in (size // 4, size // 2, 3 * size // 4)]
+    else:  # a symbolic size: the first rows, where places beyond the end are that of the last one
+        rows = [lax.dynamic_slice_in_dim(x, at, 1, axis=along) for at in range(3)]
+    a, b, c = map(wide, rows)
     return lax.max(lax.min(a, b), lax.min(lax.max(a, b), c))
 
 

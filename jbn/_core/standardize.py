@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from jbn._arguments import Rule
 from jbn._core import for_xla
@@ -54,8 +55,7 @@ class Kept(NamedTuple):
     affine: Affine
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def standardize(rule: Rule, inputs: Inputs, affine: Affine, target: Any) -> tuple[jax.Array, ShiftedMoments, jax.Array]:
+def _standardize(rule: Rule, inputs: Inputs, affine: Affine, target: Any) -> tuple[jax.Array, ShiftedMoments, Any]:
     """activation((x - mean) * rstd * scale + bias + shortcut) by the batch's own moments, these, and rstd.
 
     With a target, `rule.correction` changes scale and bias by the batch and it, without a derivative of its own.
@@ -77,10 +77,14 @@ def transform(rule: Rule, inputs: Inputs, batch: ShiftedMoments, rstd: jax.Array
     return out if shortcut is None else for_xla.hidden(out, "cuda")
 
 
-@standardize.defjvp
+standardize = jax.custom_jvp(_standardize, nondiff_argnums=(0,))
+
+
+@functools.partial(standardize.defjvp, symbolic_zeros=True)
 def _standardize_jvp(rule: Rule, primals: Any, tangents: Any) -> Any:
     inputs, affine, target = primals
-    out, batch, rstd = standardize(rule, inputs, affine, target)
+    # By the plain function, in whose program a policy of `jax.checkpoint` finds the statistics by their name.
+    out, batch, rstd = _standardize(rule, inputs, affine, target)
     correct = _corrected(rule, batch, target)
     # relu's slope is read off its result, which is alive anyway as the next layer's input, where the shortcut is not.
     result = out if inputs.shortcut is not None and rule.activation is jax.nn.relu else None
@@ -88,20 +92,30 @@ def _standardize_jvp(rule: Rule, primals: Any, tangents: Any) -> Any:
     # checkpoint keeps its arguments alone: x in its own dtype, and vectors. What it computes again fuses with the
     # backward pass, which the barrier that it has by default would prevent.
     linear = jax.checkpoint(functools.partial(_tangent, rule), prevent_cse=False)
-    return (out, batch, rstd), linear(kept, tangents[0]._replace(mask=None), correct(tangents[1]))
+    # An x that is not differentiated, as data, has the tangent None and costs nothing; other tangents become arrays.
+    x_t = None if isinstance(tangents[0].x, SymbolicZero) else tangents[0].x
+    shortcut_t, *affine_t = (
+        jnp.zeros_like(primal) if isinstance(tangent, SymbolicZero) else tangent
+        for primal, tangent in zip((inputs.shortcut, *affine), (tangents[0].shortcut, *tangents[1]), strict=True)
+    )
+    return (out, batch, rstd), linear(kept, Inputs(x_t, None, shortcut_t), correct(Affine(*affine_t)))
 
 
 def _tangent(rule: Rule, kept: Kept, inputs_t: Inputs, affine_t: Affine) -> Any:
     """The tangents of the result and of the moments, linear in those of x, shortcut, scale and bias."""
     x, mask, _ = kept.inputs
-    xc, t, a = deviation(valid(x, mask), kept.batch), wide(valid(inputs_t.x, mask)), kept.affine.scale * kept.rstd
-    sums = [jnp.sum(array, rule.reduced, keepdims=True) for array in (t, xc * t)]
-    sums = sums if rule.sharing is None else sum_over(rule.sharing, sums)
-    count = kept.batch.count if jnp.ndim(kept.batch.count) == 0 else jnp.maximum(kept.batch.count, 1)
-    mean_t, covariance = (total / count for total in sums)
+    xc, a = deviation(valid(x, mask), kept.batch), kept.affine.scale * kept.rstd
+    mean_t = covariance = jnp.zeros_like(a)
+    if inputs_t.x is not None:
+        t = wide(valid(inputs_t.x, mask))
+        sums = [jnp.sum(array, rule.reduced, keepdims=True) for array in (t, xc * t)]
+        sums = sums if rule.sharing is None else sum_over(rule.sharing, sums)
+        count = kept.batch.count if jnp.ndim(kept.batch.count) == 0 else jnp.maximum(kept.batch.count, 1)
+        mean_t, covariance = (total / count for total in sums)
     constant = affine_t.bias - a * mean_t
     along = (affine_t.scale - a * kept.rstd * covariance) * kept.rstd
-    terms = a * t, xc * along, jnp.broadcast_to(constant, x.shape)
+    terms = xc * along, jnp.zeros_like(xc) + constant
+    terms = terms if inputs_t.x is None else (a * t, *terms)
     shortcut_t = None if inputs_t.shortcut is None else valid(inputs_t.shortcut, mask)
     if rule.activation is None or kept.result is not None:
         out_t = _joined(rule, x, kept.result, terms, shortcut_t)
@@ -115,10 +129,11 @@ def _tangent(rule: Rule, kept: Kept, inputs_t: Inputs, affine_t: Affine) -> Any:
 
 def _joined(rule: Rule, x: jax.Array, result: Any, terms: Any, shortcut_t: Any) -> jax.Array:
     """The tangent without an activation, or with relu, whose slope is 1 where its result is positive."""
+    *line, constant = terms
     if result is None and x.dtype == jnp.bfloat16:
-        out_t = (terms[0] + terms[1]).astype(rule.dtype) + for_xla.hidden(terms[2].astype(rule.dtype), "cuda")
+        out_t = sum(line[1:], line[0]).astype(rule.dtype) + for_xla.hidden(constant.astype(rule.dtype), "cuda")
     else:
-        out_t = (terms[0] + terms[1] + terms[2]).astype(rule.dtype)
+        out_t = sum(line[1:], line[0] + constant).astype(rule.dtype)
     if shortcut_t is not None:
         out_t = out_t + shortcut_t.astype(rule.dtype)
     return out_t if result is None else jnp.where(result > 0, out_t, jnp.zeros_like(out_t))
@@ -129,14 +144,14 @@ def _activated(rule: Rule, inputs: Inputs, line: tuple[jax.Array, Affine], terms
     _, mask, shortcut = inputs
     xc, affine = line
     if shortcut_t is not None:
-        terms = (terms[0] + terms[1] + terms[2] + wide(shortcut_t),)
+        terms = (sum(terms, wide(shortcut_t)),)
     tangents = []
     for number, term in enumerate(terms):
         affine = for_xla.hidden(affine) if number else affine
         before = xc * affine.scale + affine.bias
         before = before if shortcut is None else before + wide(valid(shortcut, mask))
         tangents.append(jax.jvp(rule.activation, (before,), (term,))[1])
-    return functools.reduce(jnp.add, tangents).astype(rule.dtype)
+    return sum(tangents[1:], tangents[0]).astype(rule.dtype)
 
 
 def _corrected(rule: Rule, batch: ShiftedMoments, target: Any) -> Callable[[Affine], Affine]:
@@ -149,4 +164,4 @@ def _corrected(rule: Rule, batch: ShiftedMoments, target: Any) -> Callable[[Affi
 
 def reciprocal_deviation(var: jax.Array, epsilon: float) -> jax.Array:
     """1 / sqrt(var + epsilon); NaN for an infinite variance, since 0 would make all of x alike without a warning."""
-    return lax.select(var < jnp.inf, lax.rsqrt(var + epsilon), var * jnp.nan)
+    return lax.select(var < jnp.inf, lax.rsqrt(var + epsilon), jnp.full_like(var, jnp.nan))
