@@ -101,7 +101,7 @@ class BatchNorm(nn.Module):
             use_running_average: True normalizes by the running statistics; here or at construction.
             mask: boolean, True counts; the shape of x without its feature axes, or of the rank of x; any axis may be
                 1. Masked values change nothing and come out as 0.
-            shortcut: array of the shape of x, added before the activation: the join of a residual block.
+            shortcut: float array of the shape of x, added before the activation: the join of a residual block.
 
         Returns:
             The result, of the shape of x.

@@ -165,7 +165,7 @@ def _merged(total: Population, given: np.ndarray, fields: Mapping[str, Any]) -> 
 def _as_before(path: Path, fields: Mapping[str, Any], total: Population) -> dict[str, Any]:
     """The population's mean, variance and count in the dtypes of the node, and where its arrays are."""
     found = {}
-    if np.shape(fields.get("count")) == total.batches.shape:
+    if "count" in fields and np.shape(fields["count"]) == total.batches.shape:
         found["count"] = _placed(total.batches, fields["count"])
     for field, value in (("mean", total.mean), ("var", total.var)):
         with np.errstate(over="ignore"):

@@ -36,7 +36,8 @@ def init(key: jax.Array) -> tuple[Tree, Tree]:
 def apply(params: Tree, state: Tree, images: Array, train: bool, norm: Callable[..., Any]) -> tuple[Any, Tree]:
     """Logits of shape (n, 10) and the new running statistics.
 
-    `norm` is jbn.batch_norm with its options bound; the activation goes inside it, which keeps the backward pass lean.
+    `norm` is jbn.batch_norm with its options bound; activations and the joins of the blocks go inside it, so that the
+    backward pass stores only their inputs.
     """
     new_state: Tree = {}
     x, new_state["stem"] = _conv_norm(params["stem"], state["stem"], images, train, norm, activation=jax.nn.relu)
@@ -74,6 +75,7 @@ def _block(
 ) -> tuple[jax.Array, Tree]:
     new_state: Tree = {}
     y, new_state["first"] = _conv_norm(params["first"], state["first"], x, train, norm, stride, activation=jax.nn.relu)
-    y, new_state["second"] = _conv_norm(params["second"], state["second"], y, train, norm)
     x, new_state["shortcut"] = _conv_norm(params["shortcut"], state["shortcut"], x, train, norm, stride)
-    return jax.nn.relu(x + y), new_state
+    joined = {"activation": jax.nn.relu, "shortcut": x}
+    y, new_state["second"] = _conv_norm(params["second"], state["second"], y, train, norm, **joined)
+    return y, new_state

@@ -47,11 +47,11 @@ def comparison(result: Result) -> str:
 def closing_lines(options: Options, result: Result) -> list[str]:
     """Lines that a person can act on."""
     last = result.record.looks[-1]
-    updates = int(np.max(result.run.state[WATCHED].count))
+    updates = int(np.min(result.run.state[WATCHED].count))
     held = memory(options.momentum, updates)
     made = f"{updates} update{'s' if updates != 1 else ''}"
     if updates < options.steps:
-        made += f" in {options.steps} steps: batches that are not finite leave the statistics alone"
+        made += f" in {options.steps} steps: values that are not finite leave the statistics alone"
     entries = {
         "held-out accuracy": f"{last.held_out_running:6.1%} with the running statistics (inference)",
         "": f"{last.held_out_batch:6.1%} with the held-out set's own statistics, as one batch",

@@ -4,7 +4,7 @@ import math
 from typing import NamedTuple
 
 from jbn._arguments import checked_average
-from jbn._core.state import State
+from jbn._core.state import init
 from jbn.diagnostics._laws import checked_count, checked_size, initial_weight, power_sum
 from jbn.momentum import Schedule
 
@@ -74,7 +74,7 @@ def expected_variance(
         is the weighted variance of all values about their weighted mean, whose part between batches is a quadratic form
         of normal variables.
     """
-    checked_average(momentum, running_var, State(0.0, 1.0, None), train=False)
+    checked_average(momentum, running_var, init(())[1], train=False)
     n = checked_count("batch_size", batch_size, 2 if running_var == "unbiased" else 1)
     far, initial = checked_size("distance", distance), checked_size("start_var", start_var)
     start = initial_weight(momentum, steps)
