@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jbn._arguments import checked_momentum, checked_schedule, scheduled
+from jbn._scheduled import checked_momentum, checked_schedule, scheduled
 
 Schedule = Callable[[Any], Any]
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jbn._arguments import LEAST_BOUNDS, checked_bound
+from jbn._scheduled import LEAST_BOUNDS, checked_bound
 from jbn.momentum import Schedule
 
 

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jbn import _arguments
-from jbn._arguments import Axes, AxisName, IndexGroups, Numbers, Rule
+from jbn import _arguments, _scheduled
+from jbn._arguments import Axes, AxisName, IndexGroups
 from jbn._core.moments import ShiftedMoments, by_feature, shared, union
 from jbn._core.standardize import Affine, Inputs, reciprocal_deviation, standardize, transform
 from jbn._core.state import Params, State, updated
+from jbn._rule import Numbers, Rule, checked_rule, training_rule
 from jbn.momentum import Schedule
 
 Activation = Callable[[jax.Array], jax.Array]
@@ -89,10 +90,10 @@ def batch_norm(
     _arguments.check_train(train)
     options = {"epsilon": epsilon, "feature_axis": feature_axis, "activation": activation, "dtype": dtype}
     inputs, rule = checked_call(params, state, Inputs(x, mask, shortcut), train=train, **options)
-    average, kept = _arguments.checked_average(momentum, running_var, state, train)
+    average, kept = _scheduled.checked_average(momentum, running_var, state, train)
     if not train:
         return by_state(rule, params, state, inputs), state
-    rule = _arguments.training_rule(rule, inputs.x, axis_name, axis_index_groups, ghost_batch_size)
+    rule = training_rule(rule, inputs.x, axis_name, axis_index_groups, ghost_batch_size)
     return by_batch(rule._replace(average=average), params, state, inputs, Numbers(kept, None, None))
 
 
@@ -193,7 +194,7 @@ def aligned(rule: Rule, vector: Any, x: jax.Array, missing: int = 0) -> jax.Arra
 def checked_call(params: Any, state: Any, inputs: Inputs, *, train: bool, **options: Any) -> tuple[Inputs, Rule]:
     """The arguments that training and inference share, checked, with the rule that they make."""
     x = _arguments.checked_input(inputs.x)
-    rule = _arguments.checked_rule(x, **options)
+    rule = checked_rule(x, **options)
     features = rule.axes.features(x.shape)
     why = f"as x of shape {tuple(x.shape)} has it on `feature_axis` {rule.axes.feature}; jbn.init({features}) makes it"
     for name, value, kind in (("params", params, Params), ("state", state, State)):

@@ -11,12 +11,13 @@ from jax import lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from jbn import _arguments, renorm
-from jbn._arguments import AxisName, IndexGroups, Numbers
+from jbn import _arguments, _scheduled, renorm
+from jbn._arguments import AxisName, IndexGroups
 from jbn._core.batch_norm import Activation, by_batch, by_state, checked_call
 from jbn._core.moments import ShiftedMoments, deviation
 from jbn._core.standardize import Inputs
 from jbn._core.state import Params, State
+from jbn._rule import Numbers, training_rule
 from jbn.momentum import Schedule
 
 PUBLISHED_R_MAX = renorm.r_max()
@@ -102,20 +103,20 @@ def batch_renorm(
     _arguments.check_train(train)
     options = {"epsilon": epsilon, "feature_axis": feature_axis, "activation": activation, "dtype": dtype}
     inputs, rule = checked_call(params, state, Inputs(x, mask, shortcut), train=train, **options)
-    average, kept = _arguments.checked_average(momentum, running_var, state, train)
+    average, kept = _scheduled.checked_average(momentum, running_var, state, train)
     least, most = (
-        _arguments.checked_schedule(name, bound, jnp.float32, functools.partial(_arguments.checked_bound, name))
+        _scheduled.checked_schedule(name, bound, jnp.float32, functools.partial(_scheduled.checked_bound, name))
         for name, bound in (("r_max", r_max), ("d_max", d_max))
     )
     if not train:
         return by_state(rule, params, state, inputs), state
-    rule = _arguments.training_rule(rule, inputs.x, axis_name, axis_index_groups, ghost_batch_size)
+    rule = training_rule(rule, inputs.x, axis_name, axis_index_groups, ghost_batch_size)
     rule, numbers = rule._replace(average=average), Numbers(kept, least[1], most[1])
     # Bounds that are known to be closed are batch norm: the same program, and so the same bits.
     known = not any(isinstance(number, Tracer) for number in numbers[1:])
     if not (known and numbers[1:] == (1, 0)):
         for name, (schedule, _) in (("r_max", least), ("d_max", most)):
-            _arguments.check_counted(state, name, schedule)
+            _scheduled.check_counted(state, name, schedule)
         rule = rule._replace(correction=Correction(least[0], most[0]))
     return by_batch(rule, params, state, inputs, numbers)
 
@@ -139,7 +140,7 @@ class Correction:
         bounds = []
         for name, schedule in (("r_max", self.r_max), ("d_max", self.d_max)):
             bound = getattr(numbers, name)
-            bound = bound if schedule is None else _arguments.scheduled(name, schedule, state.count, jnp.float32)
-            bounds.append(jnp.maximum(bound, _arguments.LEAST_BOUNDS[name]).astype(r.dtype))
+            bound = bound if schedule is None else _scheduled.scheduled(name, schedule, state.count, jnp.float32)
+            bounds.append(jnp.maximum(bound, _scheduled.LEAST_BOUNDS[name]).astype(r.dtype))
         r = jnp.where(unset, jnp.ones_like(r), jnp.clip(r, 1 / bounds[0], bounds[0]))
         return r, jnp.where(unset, jnp.zeros_like(d), jnp.clip(d, -bounds[1], bounds[1]))

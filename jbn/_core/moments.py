@@ -13,9 +13,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
 from jbn import _arguments
-from jbn._arguments import AxisName, IndexGroups, Rule, Sharing
+from jbn._arguments import AxisName, IndexGroups
 from jbn._core import for_xla
 from jbn._core.sharing import every_part, sum_over
+from jbn._rule import Rule, Sharing, checked_rule, training_rule
 
 NAME = "jbn_statistics"
 """What `jax.checkpoint` policies know the statistics of a batch by."""
@@ -95,8 +96,8 @@ def moments(
         LeVeque, Algorithms for Computing the Sample Variance, 1983.
     """
     x = _arguments.checked_input(x)
-    rule = _arguments.checked_rule(x, feature_axis=feature_axis)
-    rule = _arguments.training_rule(rule, x, axis_name, axis_index_groups)
+    rule = checked_rule(x, feature_axis=feature_axis)
+    rule = training_rule(rule, x, axis_name, axis_index_groups)
     return _moments(rule, x, _arguments.checked_mask(mask, x.shape, rule.axes))
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jbn._arguments import Sharing
+from jbn._rule import Sharing
 
 FEW = 16
 """Up to so many parts are sent whole: one collective more costs a device more than their bytes do."""

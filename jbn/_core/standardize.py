@@ -24,10 +24,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from jbn._arguments import Rule
 from jbn._core import for_xla
 from jbn._core.moments import ShiftedMoments, deviation, of_batch, valid, wide
 from jbn._core.sharing import sum_over
+from jbn._rule import Rule
 
 
 class Inputs(NamedTuple):
@@ -94,9 +94,10 @@ def _standardize_jvp(rule: Rule, primals: Any, tangents: Any) -> Any:
     linear = jax.checkpoint(functools.partial(_tangent, rule), prevent_cse=False)
     # An x that is not differentiated, as data, has the tangent None and costs nothing; other tangents become arrays.
     x_t = None if isinstance(tangents[0].x, SymbolicZero) else tangents[0].x
+    others: list[Any] = [inputs.shortcut, *affine]
     shortcut_t, *affine_t = (
         jnp.zeros_like(primal) if isinstance(tangent, SymbolicZero) else tangent
-        for primal, tangent in zip((inputs.shortcut, *affine), (tangents[0].shortcut, *tangents[1]), strict=True)
+        for primal, tangent in zip(others, (tangents[0].shortcut, *tangents[1]), strict=True)
     )
     return (out, batch, rstd), linear(kept, Inputs(x_t, None, shortcut_t), correct(Affine(*affine_t)))
 
@@ -105,17 +106,16 @@ def _tangent(rule: Rule, kept: Kept, inputs_t: Inputs, affine_t: Affine) -> Any:
     """The tangents of the result and of the moments, linear in those of x, shortcut, scale and bias."""
     x, mask, _ = kept.inputs
     xc, a = deviation(valid(x, mask), kept.batch), kept.affine.scale * kept.rstd
-    mean_t = covariance = jnp.zeros_like(a)
-    if inputs_t.x is not None:
+    if inputs_t.x is None:
+        along_t, mean_t, covariance = [], jnp.zeros_like(a), jnp.zeros_like(a)
+    else:
         t = wide(valid(inputs_t.x, mask))
         sums = [jnp.sum(array, rule.reduced, keepdims=True) for array in (t, xc * t)]
         sums = sums if rule.sharing is None else sum_over(rule.sharing, sums)
         count = kept.batch.count if jnp.ndim(kept.batch.count) == 0 else jnp.maximum(kept.batch.count, 1)
-        mean_t, covariance = (total / count for total in sums)
-    constant = affine_t.bias - a * mean_t
-    along = (affine_t.scale - a * kept.rstd * covariance) * kept.rstd
-    terms = xc * along, jnp.zeros_like(xc) + constant
-    terms = terms if inputs_t.x is None else (a * t, *terms)
+        along_t, mean_t, covariance = [a * t], *(total / count for total in sums)
+    along_x = xc * ((affine_t.scale - a * kept.rstd * covariance) * kept.rstd)
+    terms = [*along_t, along_x, jnp.zeros_like(xc) + (affine_t.bias - a * mean_t)]
     shortcut_t = None if inputs_t.shortcut is None else valid(inputs_t.shortcut, mask)
     if rule.activation is None or kept.result is not None:
         out_t = _joined(rule, x, kept.result, terms, shortcut_t)
@@ -131,9 +131,9 @@ def _joined(rule: Rule, x: jax.Array, result: Any, terms: Any, shortcut_t: Any) 
     """The tangent without an activation, or with relu, whose slope is 1 where its result is positive."""
     *line, constant = terms
     if result is None and x.dtype == jnp.bfloat16:
-        out_t = sum(line[1:], line[0]).astype(rule.dtype) + for_xla.hidden(constant.astype(rule.dtype), "cuda")
+        out_t = functools.reduce(jnp.add, line).astype(rule.dtype) + for_xla.hidden(constant.astype(rule.dtype), "cuda")
     else:
-        out_t = sum(line[1:], line[0] + constant).astype(rule.dtype)
+        out_t = functools.reduce(jnp.add, terms).astype(rule.dtype)
     if shortcut_t is not None:
         out_t = out_t + shortcut_t.astype(rule.dtype)
     return out_t if result is None else jnp.where(result > 0, out_t, jnp.zeros_like(out_t))
@@ -144,14 +144,14 @@ def _activated(rule: Rule, inputs: Inputs, line: tuple[jax.Array, Affine], terms
     _, mask, shortcut = inputs
     xc, affine = line
     if shortcut_t is not None:
-        terms = (sum(terms, wide(shortcut_t)),)
+        terms = [functools.reduce(jnp.add, [*terms, wide(shortcut_t)])]
     tangents = []
     for number, term in enumerate(terms):
         affine = for_xla.hidden(affine) if number else affine
         before = xc * affine.scale + affine.bias
         before = before if shortcut is None else before + wide(valid(shortcut, mask))
         tangents.append(jax.jvp(rule.activation, (before,), (term,))[1])
-    return sum(tangents[1:], tangents[0]).astype(rule.dtype)
+    return functools.reduce(jnp.add, tangents).astype(rule.dtype)
 
 
 def _corrected(rule: Rule, batch: ShiftedMoments, target: Any) -> Callable[[Affine], Affine]:

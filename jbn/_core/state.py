@@ -9,9 +9,9 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding
 
-from jbn import _arguments
-from jbn._arguments import Average
+from jbn import _arguments, _scheduled
 from jbn._core.moments import Moments
+from jbn._scheduled import Average
 from jbn.momentum import Schedule
 
 
@@ -124,7 +124,7 @@ def update(state: State, moments: Moments, *, momentum: float | Schedule = 0.99,
     features = np.shape(state.mean)
     for name, vectors in (("state", state), ("moments", moments)):
         _arguments.check_vectors(name, vectors, features, "the shape of `state.mean`")
-    average, kept = _arguments.checked_average(momentum, running_var, state, True)
+    average, kept = _scheduled.checked_average(momentum, running_var, state, True)
     return _updated(average, state, moments, kept, True)
 
 
@@ -136,7 +136,7 @@ def updated(average: Average, old: State, batch: Moments, kept: Any, counted: bo
     dtype = jnp.result_type(old.mean)
     batch = Moments(*(_placed_as(old.mean, lax.convert_element_type(value, dtype)) for value in batch))
     if average.schedule is not None:
-        kept = jnp.clip(_arguments.scheduled("momentum", average.schedule, old.count, dtype), 0, 1)
+        kept = jnp.clip(_scheduled.scheduled("momentum", average.schedule, old.count, dtype), 0, 1)
     # Selected before any arithmetic, since -inf would make NaN.
     unset = old.var == -jnp.inf
     mean, var = (lax.select(unset, value, start) for value, start in zip(batch[:2], old[:2], strict=True))

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from jbn._arguments import checked_epsilon, checked_momentum
+from jbn._arguments import checked_epsilon
+from jbn._scheduled import checked_momentum
 from jbn._statistics import nodes
 from jbn._statistics.nodes import shown
 from jbn.diagnostics._compare import distances, found, pairs

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jbn import momentum as schedules
-from jbn._arguments import checked_momentum
+from jbn._scheduled import checked_momentum
 from jbn.momentum import Schedule
 
 GRID = 600

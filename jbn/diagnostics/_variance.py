@@ -3,8 +3,8 @@
 import math
 from typing import NamedTuple
 
-from jbn._arguments import checked_average
 from jbn._core.state import init
+from jbn._scheduled import checked_average
 from jbn.diagnostics._laws import checked_count, checked_size, initial_weight, power_sum
 from jbn.momentum import Schedule
 

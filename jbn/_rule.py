@@ -1,0 +1,194 @@
+"""How a batch is normalized: all that is fixed when the program is traced, worked out once from checked arguments."""
+
+import functools
+import math
+import operator
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.core import Tracer
+
+from jbn import _arguments
+from jbn._arguments import Axes, AxisName
+
+
+class Sharing(NamedTuple):
+    """Who shares statistics: everything along a mapped axis, or groups of places on it."""
+
+    axis_name: AxisName
+    groups: tuple[tuple[int, ...], ...] | None
+
+
+class Rule(NamedTuple):
+    """How x is normalized: all that is fixed when the program is traced."""
+
+    axes: Axes
+    epsilon: float
+    dtype: Any
+    activation: Any = None
+    average: Any = None
+    sharing: Sharing | None = None
+    ghosts: int | None = None
+    """The number of groups of examples that are normalized on their own."""
+    correction: Any = None
+    """That of batch renormalization; None is batch norm."""
+
+    @property
+    def reduced(self) -> tuple[int, ...]:
+        """The axes over which statistics are taken."""
+        return self.axes.reduced
+
+
+class Numbers(NamedTuple):
+    """Momentum and bounds that are numbers, which a program takes as arguments; None for what a schedule gives."""
+
+    momentum: Any
+    r_max: Any = None
+    d_max: Any = None
+
+
+def checked_rule(
+    x: jax.Array,
+    *,
+    feature_axis: Any = -1,
+    epsilon: Any = 1e-5,
+    activation: Any = None,
+    dtype: Any = None,
+) -> Rule:
+    """How x is normalized, by the arguments that training and inference have."""
+    axes = _arguments.checked_axes(feature_axis, x.ndim)
+    check_activation(activation, x.shape, _arguments.arithmetic_dtype(x.dtype))
+    return Rule(axes, _arguments.checked_epsilon(epsilon), _arguments.checked_dtype(dtype, x.dtype), activation)
+
+
+def training_rule(
+    rule: Rule, x: jax.Array, axis_name: Any, axis_index_groups: Any, ghost_batch_size: Any = None
+) -> Rule:
+    """The rule with who shares statistics, and with the number of ghost batches."""
+    if not rule.reduced and axis_name is None:
+        raise ValueError(
+            f"`x` has shape {tuple(x.shape)}, and every axis is a feature axis: no axis is left to take statistics "
+            "over. Add a batch axis, or name a mapped axis with `axis_name`."
+        )
+    groups = None if ghost_batch_size is None else checked_groups(ghost_batch_size, x, rule.axes)
+    return rule._replace(sharing=checked_sharing(axis_name, axis_index_groups), ghosts=groups)
+
+
+ELEMENTWISE = "expected an elementwise function of jax, whose result is a float array of the same shape: jax.nn.relu"
+
+
+def check_activation(activation: Any, shape: Sequence[int], dtype: Any) -> None:
+    """An elementwise function that captures nothing traced."""
+    if activation is None:
+        return
+    if not callable(activation):
+        raise TypeError(f"`activation` is {activation!r}: {ELEMENTWISE}.")
+    _arguments.check_hashable("activation", activation)
+    _check_elementwise(activation, tuple(shape), dtype)
+
+
+@functools.lru_cache(maxsize=256)
+def _check_elementwise(activation: Callable[..., Any], shape: tuple[int, ...], dtype: Any) -> None:
+    """What a trace of the activation shows; errors are not remembered."""
+    before = jax.ShapeDtypeStruct(shape, dtype)
+    try:
+        program, after = jax.make_jaxpr(lambda y: activation(y), return_shape=True)(before)
+    except (TypeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise TypeError(f"`activation` is {activation!r}, which fails on a trace ({reason}): {ELEMENTWISE}.") from error
+    captured = [value for value in program.consts if isinstance(value, Tracer)]
+    if captured:
+        raise ValueError(
+            f"`activation` is {activation!r}, which captures a traced {captured[0].aval.str_short()}: its derivative "
+            "would be lost. Give what is added as `shortcut`, or apply the activation to the result."
+        )
+    if getattr(after, "shape", None) != shape or not jnp.issubdtype(after.dtype, jnp.floating):
+        raise ValueError(f"`activation` turns {before.dtype.name}{list(shape)} into {after}: {ELEMENTWISE}.")
+
+
+def checked_sharing(axis_name: Any, axis_index_groups: Any) -> Sharing | None:
+    """The arguments `axis_name` and `axis_index_groups`; None shares nothing."""
+    name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
+    for each in name if isinstance(name, tuple) else (name,):
+        if isinstance(each, int) or not isinstance(each, Hashable):
+            raise TypeError(f"`axis_name` is {axis_name!r}: expected the name of a mapped axis, or a tuple of names.")
+    if isinstance(name, tuple) and len(set(name)) < len(name):
+        raise ValueError(f"`axis_name` is {axis_name!r}, which names an axis twice: name it once.")
+    if axis_index_groups is None:
+        return None if name is None else Sharing(name, _check_bound(name))
+    if name is None or isinstance(name, tuple):
+        raise ValueError(
+            f"`axis_index_groups` needs one axis name, but `axis_name` is {axis_name!r}: name the mapped axis that the "
+            "groups are on."
+        )
+    groups = _checked_groups(axis_index_groups)
+    _check_bound(name)
+    size, places = lax.axis_size(name), sum(map(len, groups))
+    if size != places:
+        raise ValueError(
+            f"`axis_index_groups` is {[list(group) for group in groups]}, which has {places} places, but the axis "
+            f"{name!r} has {size}: expected each place from 0 to {size - 1} once."
+        )
+    return Sharing(name, groups)
+
+
+def _check_bound(axis_name: Any) -> None:
+    """An axis that nothing binds is an error that says what to wrap."""
+    try:
+        lax.axis_size(axis_name)
+    except NameError:
+        raise NameError(
+            f"`axis_name` is {axis_name!r}, which no surrounding transformation binds: call inside "
+            f"jax.shard_map, jax.vmap(..., axis_name={axis_name!r}) or jax.pmap(..., axis_name={axis_name!r}), "
+            "or leave `axis_name` out. Under plain jit with a sharded batch it is not needed."
+        ) from None
+
+
+def _checked_groups(axis_index_groups: Any) -> tuple[tuple[int, ...], ...]:
+    """Groups that hold each place from 0 on once."""
+    expected = "expected lists of the places on the mapped axis, each place once, as in [[0, 1], [2, 3]]"
+    try:
+        groups = tuple(tuple(operator.index(place) for place in group) for group in axis_index_groups)
+    except TypeError:
+        raise TypeError(f"`axis_index_groups` is {axis_index_groups!r}: {expected}.") from None
+    places = sorted(place for group in groups for place in group)
+    if not places or places != list(range(len(places))):
+        raise ValueError(f"`axis_index_groups` is {axis_index_groups!r}: {expected}.")
+    return groups
+
+
+def checked_groups(ghost_batch_size: Any, x: jax.Array, axes: Axes) -> int:
+    """The number of ghost batches in x."""
+    try:
+        size = _arguments.index(ghost_batch_size)
+    except TypeError:
+        raise TypeError(f"`ghost_batch_size` is {ghost_batch_size!r}: expected an int or None.") from None
+    if 0 in axes.feature:
+        raise ValueError(
+            f"`ghost_batch_size` cuts the first axis of x, which is a feature axis here ({axes.feature}): "
+            "move the batch to the first axis."
+        )
+    if not isinstance(x.shape[0], int):
+        raise ValueError(f"`ghost_batch_size` needs a batch of known size, but x has shape {tuple(x.shape)}.")
+    if size < 1 or x.shape[0] % size:
+        raise ValueError(
+            f"`ghost_batch_size` is {size}, which does not divide the {x.shape[0]} examples on the first axis of x "
+            f"of shape {tuple(x.shape)}: expected a divisor of {x.shape[0]}."
+        )
+    _check_groups_fit_shards(x.shape[0] // size, x)
+    return x.shape[0] // size
+
+
+def _check_groups_fit_shards(groups: int, x: jax.Array) -> None:
+    """Under explicit sharding, no group of examples may reach over the border of a device."""
+    sharding = jax.typeof(x).sharding
+    names = sharding.spec[0] or ()
+    shards = math.prod(sharding.mesh.shape[name] for name in ((names,) if isinstance(names, str) else names))
+    if groups % shards:
+        raise ValueError(
+            f"`ghost_batch_size` is {x.shape[0] // groups}, but each of {shards} devices has {x.shape[0] // shards} of "
+            f"the {x.shape[0]} examples: expected a divisor of {x.shape[0] // shards}."
+        )
