@@ -6,7 +6,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.ad_checkpoint import print_saved_residuals
 from jax.sharding import AxisType, PartitionSpec
 
 import jbn
@@ -40,7 +39,7 @@ def counted(program):
     """How often each expensive primitive stands in a program, everything that it calls included."""
     found = collections.Counter(e.primitive.name for e in program.eqns if e.primitive.name in EXPENSIVE)
     for equation in program.eqns:
-        for value in equation.params.values():
+        for value in jax.tree.leaves(list(equation.params.values())):
             if hasattr(inner := getattr(value, "jaxpr", value), "eqns"):
                 found += counted(inner)
     return found
@@ -75,13 +74,16 @@ def test_no_collective_runs_twice():
     assert sum(everything[name] for name in EXPENSIVE[3:]) > sum(plain[name] for name in EXPENSIVE[3:])
 
 
-def test_outputs_of_activations_are_not_kept(capsys):
-    def kept(block):
-        print_saved_residuals(functools.partial(loss, block), KERNELS, X)
-        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("f32[8,6,6,4]")]
+def test_outputs_of_activations_are_not_kept():
+    """Of two layers one output is read by the next convolution; without the policy it is kept for that."""
 
-    assert any("_activation" in line for line in kept(block))
-    assert not any("_activation" in line for line in kept(checkpointed(block)))
+    def kept(block):
+        backward = jax.eval_shape(
+            lambda *args: jax.vjp(functools.partial(loss, block), *args, has_aux=True)[1], KERNELS, X
+        )
+        return sum(leaf.shape == X.shape for leaf in jax.tree.leaves(backward))
+
+    assert kept(checkpointed(block)) == kept(block) - 1
 
 
 def assert_close_to_largest(ours, right):

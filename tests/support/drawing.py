@@ -41,9 +41,10 @@ QUICK = {
 }
 """Odd sizes, features first, one row, no row, many rows, high rank, two feature axes."""
 FLOATS = {"float32": np.float32, "float64": np.float64, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
-LAST_COUNT = 2**31 - 1
+LAST_COUNT = 2**24
 MOMENTA = st.one_of(st.sampled_from([0.0, 0.5, 0.99, 1.0]), st.floats(0, 1))
 COUNTS = st.one_of(st.integers(0, 99), st.integers(0, LAST_COUNT), st.just(LAST_COUNT))
+"""float32 counts to 2**24, and stays there."""
 RUNNING_VAR = st.sampled_from(["biased", "unbiased", "total"])
 
 
@@ -64,7 +65,8 @@ class Batch(NamedTuple):
         """The mask with the shape of x."""
         if self.mask is None:
             return np.ones(self.x.shape, bool)
-        feature = reference.feature_axes(self.feature_axis, self.x.ndim)
+        by_feature = self.mask.ndim == self.x.ndim
+        feature = () if by_feature else reference.feature_axes(self.feature_axis, self.x.ndim)
         return np.broadcast_to(np.expand_dims(self.mask, feature), self.x.shape)
 
     @property
@@ -131,7 +133,10 @@ def batches(draw, dtypes=("float32", "bfloat16", "float16"), smallest=-30, large
     x = np.clip(x, float(limits.min), float(limits.max)).astype(dtype)
     batch = Batch(x, feature_axis, None)
     if draw(st.booleans()) if masked is None else masked:
-        batch = batch._replace(mask=draw(npst.arrays(bool, [shape[axis] for axis in batch.reduced])))
+        by_feature = draw(few(st.just(dtype == np.float32), st.booleans()))
+        batch = batch._replace(
+            mask=draw(npst.arrays(bool, shape if by_feature else [shape[axis] for axis in batch.reduced]))
+        )
     return batch
 
 
@@ -145,7 +150,7 @@ def norms(draw, features, dtype="float32", scale=1.0):
 
 
 def next_count(count):
-    """float32 counts to 2**24, and stays there."""
+    """The count of each feature that moves."""
     return np.minimum(count + 1, np.float32(LAST_COUNT))
 
 

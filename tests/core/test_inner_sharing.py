@@ -1,11 +1,11 @@
-"""jbn._collectives: where more places share than FEW, two small sums take the place of every part sent whole."""
+"""jbn._core.sharing: where more places share than FEW, two small sums take the place of every part sent whole."""
 
 import jax
 import pytest
 from support.sent import FEATURES, LAYERS, jbn_layer, sent_by_network
 from support.whole_batch import assert_each_batch_is_whole, built, each
 
-from jbn import _collectives
+from jbn._core import sharing
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -13,7 +13,7 @@ def two_sums():
     """What is traced and cached elsewhere in the process is of the other form."""
     caches = (built.cache_clear, sent_by_network.cache_clear, jax.clear_caches)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_collectives, "FEW", 0)
+        patch.setattr(sharing, "FEW", 0)
         for clear in caches:
             clear()
         yield
