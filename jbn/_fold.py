@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jbn import _arguments
-from jbn._core.standardize import reciprocal_deviation
+from jbn._core.standardize import rstd_of
 from jbn._core.state import Params, State
 
 
@@ -75,7 +75,7 @@ def fold(
 
     dtype = _arguments.arithmetic_dtype(kernel.dtype)
     mean, var, old = (jnp.asarray(vector).astype(dtype) for vector in (state.mean, state.var, bias))
-    slope = reciprocal_deviation(var, _arguments.checked_epsilon(epsilon))
+    slope = rstd_of(var, _arguments.checked_epsilon(epsilon))
     if params.scale is not None:
         slope = slope * jnp.asarray(params.scale).astype(dtype)
     shift = jnp.zeros_like(mean) if params.bias is None else jnp.asarray(params.bias).astype(dtype)

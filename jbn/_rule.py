@@ -31,7 +31,7 @@ class Rule(NamedTuple):
     activation: Any = None
     average: Any = None
     sharing: Sharing | None = None
-    ghosts: int | None = None
+    ghost_batches: int | None = None
     """The number of groups of examples that are normalized on their own."""
     correction: Any = None
     """That of batch renormalization; None is batch norm."""
@@ -74,7 +74,7 @@ def training_rule(
             "over. Add a batch axis, or name a mapped axis with `axis_name`."
         )
     groups = None if ghost_batch_size is None else checked_groups(ghost_batch_size, x, rule.axes)
-    return rule._replace(sharing=checked_sharing(axis_name, axis_index_groups), ghosts=groups)
+    return rule._replace(sharing=checked_sharing(axis_name, axis_index_groups), ghost_batches=groups)
 
 
 ELEMENTWISE = "expected an elementwise function of jax, whose result is a float array of the same shape: jax.nn.relu"

@@ -1,5 +1,6 @@
 """Momentum and bounds: each a number, which is checked, or a schedule, a function from the count of updates to one."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -41,7 +42,7 @@ def checked_momentum(name: str, momentum: Any) -> float:
     return number
 
 
-def checked_bound(bound: str, name: str, value: Any) -> float:
+def checked_bound_number(bound: str, name: str, value: Any) -> float:
     """A concrete bound of batch renormalization, r_max or d_max, given as the argument `name`."""
     check_concrete(name, value, "3.0")
     least = LEAST_BOUNDS[bound]
@@ -100,6 +101,20 @@ def checked_schedule(name: str, given: Any, dtype: Any, check: Callable[[str, An
     if isinstance(given, Tracer):
         return None, jnp.asarray(given, dtype)
     return None, np.asarray(check(name, given), dtype)
+
+
+def checked_bound(name: str, given: Any, state: Any, train: bool) -> tuple[Any, Any]:
+    """The schedule of a bound and None, or None and the number."""
+    schedule, number = checked_schedule(name, given, jnp.float32, functools.partial(checked_bound_number, name))
+    if train:
+        check_counted(state, name, schedule)
+    return schedule, number
+
+
+def bound_at(bound: str, schedule: Any, number: Any, count: Any, dtype: Any) -> jax.Array:
+    """A bound of batch renormalization: the number, or what the schedule gives at the count; not below the least."""
+    value = number if schedule is None else scheduled(bound, schedule, count, dtype)
+    return jnp.maximum(value, LEAST_BOUNDS[bound]).astype(dtype)
 
 
 def check_counted(state: Any, name: str, schedule: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jbn._scheduled import LEAST_BOUNDS, checked_bound
+from jbn._scheduled import LEAST_BOUNDS, checked_bound_number
 from jbn.momentum import Schedule
 
 
@@ -71,7 +71,7 @@ def d_max(limit: float = 5.0, *, begin: int = 5_000, end: int = 25_000) -> Sched
 
 
 def _checked_limit(name: str, limit: Any) -> float:
-    value = checked_bound(name, "limit", limit)
+    value = checked_bound_number(name, "limit", limit)
     if math.isinf(value):
         raise ValueError(f"`limit` is {value}: expected a finite number. For no bound give {name}={value}.")
     return value

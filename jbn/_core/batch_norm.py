@@ -11,9 +11,9 @@ from jax.typing import ArrayLike
 
 from jbn import _arguments, _scheduled
 from jbn._arguments import Axes, AxisName, IndexGroups
-from jbn._core.moments import ShiftedMoments, by_feature, shared, union
-from jbn._core.standardize import Affine, Inputs, reciprocal_deviation, standardize, transform
-from jbn._core.state import Params, State, updated
+from jbn._core.moments import ShiftedMoments, by_feature, merge_shared, merge_stacked
+from jbn._core.standardize import Affine, Inputs, rstd_of, standardize, transform
+from jbn._core.state import Params, State, moved
 from jbn._rule import Numbers, Rule, checked_rule, training_rule
 from jbn.momentum import Schedule
 
@@ -58,9 +58,9 @@ def batch_norm(
         ghost_batch_size: normalize groups of this many examples, contiguous along the first axis, on their own; the
             running statistics see the whole batch.
         running_var: which variance the running average takes: "biased", "unbiased" or "total" (see `update`).
-        activation: shape-preserving elementwise function, applied in float32 before the cast to `dtype`. It captures
-            nothing traced. One that does not compare equal to the last one is compiled again: define it once.
-        shortcut: array of the shape of x, added before the activation: the join of a residual block.
+        activation: shape-preserving elementwise function, applied in float32 before the cast to `dtype`. It must not
+            capture a traced value. A new function object is compiled anew: define it once, outside of the loop.
+        shortcut: float array of the shape of x, added before the activation, as where a residual block joins.
         dtype: dtype of the result; None is that of x.
 
     Returns:
@@ -70,7 +70,7 @@ def batch_norm(
     Raises:
         NameError: no transformation binds `axis_name`.
         TypeError: a wrong kind or dtype of argument, or a traced `train`.
-        ValueError: shapes or values that do not fit; the message says how to mend it.
+        ValueError: shapes or values that do not fit; the message says how to fix it.
 
     Example:
         >>> import jax.numpy as jnp
@@ -90,11 +90,11 @@ def batch_norm(
     _arguments.check_train(train)
     options = {"epsilon": epsilon, "feature_axis": feature_axis, "activation": activation, "dtype": dtype}
     inputs, rule = checked_call(params, state, Inputs(x, mask, shortcut), train=train, **options)
-    average, kept = _scheduled.checked_average(momentum, running_var, state, train)
+    average, number = _scheduled.checked_average(momentum, running_var, state, train)
     if not train:
-        return by_state(rule, params, state, inputs), state
+        return normalize_by_state(rule, params, state, inputs), state
     rule = training_rule(rule, inputs.x, axis_name, axis_index_groups, ghost_batch_size)
-    return by_batch(rule._replace(average=average), params, state, inputs, Numbers(kept, None, None))
+    return normalize_by_batch(rule._replace(average=average), params, state, inputs, Numbers(momentum=number))
 
 
 def normalize(
@@ -130,7 +130,7 @@ def normalize(
 
     Raises:
         TypeError: a wrong kind or dtype of argument.
-        ValueError: shapes or values that do not fit; the message says how to mend it.
+        ValueError: shapes or values that do not fit; the message says how to fix it.
 
     Example:
         >>> import jax.numpy as jnp
@@ -144,43 +144,50 @@ def normalize(
     """
     options = {"epsilon": epsilon, "feature_axis": feature_axis, "activation": activation, "dtype": dtype}
     inputs, rule = checked_call(params, state, Inputs(x, mask, shortcut), train=False, **options)
-    return by_state(rule, params, state, inputs)
+    return normalize_by_state(rule, params, state, inputs)
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
-def by_batch(rule: Rule, params: Params, state: State, inputs: Inputs, numbers: Numbers) -> tuple[jax.Array, State]:
+def normalize_by_batch(
+    rule: Rule, params: Params, state: State, inputs: Inputs, numbers: Numbers
+) -> tuple[jax.Array, State]:
     """Normalize by the moments of the batch, and move the running ones towards them."""
     x = inputs.x
     if 0 in x.shape:
         return jnp.zeros(x.shape, rule.dtype), lax.stop_gradient(state)
-    within, cut = (rule, inputs) if rule.ghosts is None else _in_ghost_batches(rule, inputs)
+    # Each ghost batch is normalized on its own; the running statistics see all of them, on all devices.
+    own, group = (rule, inputs) if rule.ghost_batches is None else _in_ghost_batches(rule, inputs)
+    affine = Affine(aligned(own, params.scale, group.x, missing=1), aligned(own, params.bias, group.x, missing=0))
     target = None
     if rule.correction is not None:
-        target = jax.tree.map(lambda vector: aligned(within, vector, cut.x), state), numbers
-    affine = Affine(aligned(within, params.scale, cut.x, 1), aligned(within, params.bias, cut.x, 0))
-    out, batch, _ = standardize(within, cut, affine, target)
-    if rule.ghosts is not None:
-        batch = union(batch) if rule.sharing is None else shared(rule.sharing, union(batch))
-    moments = by_feature(batch, rule.reduced)
-    return out.reshape(x.shape), updated(rule.average, state, moments, numbers.momentum, inputs.mask is not None)
+        target = (jax.tree.map(lambda vector: aligned(own, vector, group.x), state), numbers)
+    out, batch = standardize(own, group, affine, target)
+    if rule.ghost_batches is not None:
+        batch = merge_stacked(batch)
+        batch = batch if rule.sharing is None else merge_shared(rule.sharing, batch)
+    may_be_empty = inputs.mask is not None
+    return out.reshape(x.shape), moved(rule.average, state, by_feature(batch, rule.reduced), numbers, may_be_empty)
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
-def by_state(rule: Rule, params: Params, state: State, inputs: Inputs) -> jax.Array:
-    """Normalize by the running statistics; a backward pass through them keeps only the input."""
-    mean, var = (aligned(rule, vector, inputs.x) for vector in state[:2])
-    affine = Affine(aligned(rule, params.scale, inputs.x, 1), aligned(rule, params.bias, inputs.x, 0))
+def normalize_by_state(rule: Rule, params: Params, state: State, inputs: Inputs) -> jax.Array:
+    """Normalize by the running statistics; the backward pass stores x in its own dtype, as in training."""
+    x = inputs.x
+    mean, var = aligned(rule, state.mean, x), aligned(rule, state.var, x)
+    affine = Affine(aligned(rule, params.scale, x, missing=1), aligned(rule, params.bias, x, missing=0))
+    running = ShiftedMoments(shift=mean, offset=None, var=var, count=None)
     apply = jax.checkpoint(functools.partial(transform, rule), prevent_cse=False)
-    return apply(inputs, ShiftedMoments(mean, None, var, None), reciprocal_deviation(var, rule.epsilon), affine)
+    return apply(inputs, running, rstd_of(var, rule.epsilon), affine)
 
 
 def _in_ghost_batches(rule: Rule, inputs: Inputs) -> tuple[Rule, Inputs]:
-    """The inputs in groups of examples, along a new first axis that is not reduced, and the rule of those."""
-    size = inputs.x.shape[0]
-    whole = [None if array is None else jnp.broadcast_to(array, (size, *array.shape[1:])) for array in inputs]
-    cut = [array if array is None else array.reshape(rule.ghosts, -1, *array.shape[1:]) for array in whole]
+    """The inputs in groups of examples, as (groups, examples of a group, ...), and the rule for each group alone."""
+    examples = inputs.x.shape[0]
+    # A mask of size 1 on the first axis counts for all examples.
+    whole = [None if array is None else jnp.broadcast_to(array, (examples, *array.shape[1:])) for array in inputs]
+    cut = [array if array is None else array.reshape(rule.ghost_batches, -1, *array.shape[1:]) for array in whole]
     feature, reduced = (tuple(axis + 1 for axis in axes) for axes in rule.axes)
-    return rule._replace(axes=Axes(feature, reduced), sharing=None), Inputs(*cut)
+    return rule._replace(axes=Axes(feature, reduced), sharing=None, ghost_batches=None), Inputs(*cut)
 
 
 def aligned(rule: Rule, vector: Any, x: jax.Array, missing: int = 0) -> jax.Array:

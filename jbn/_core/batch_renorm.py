@@ -1,7 +1,6 @@
 """Batch renormalization: training that sees what inference will, by a clipped correction towards the running state."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,11 +12,12 @@ from jax.typing import ArrayLike
 
 from jbn import _arguments, _scheduled, renorm
 from jbn._arguments import AxisName, IndexGroups
-from jbn._core.batch_norm import Activation, by_batch, by_state, checked_call
-from jbn._core.moments import ShiftedMoments, deviation
-from jbn._core.standardize import Inputs
+from jbn._core.batch_norm import Activation, checked_call, normalize_by_batch, normalize_by_state
+from jbn._core.moments import ShiftedMoments, centered
+from jbn._core.standardize import Affine, Inputs
 from jbn._core.state import Params, State
 from jbn._rule import Numbers, training_rule
+from jbn._scheduled import bound_at, checked_bound
 from jbn.momentum import Schedule
 
 PUBLISHED_R_MAX = renorm.r_max()
@@ -52,8 +52,8 @@ def batch_renorm(
 
     The correction is a constant to every derivative. Within its bounds, the output in training is the one at inference
     with the state before the update, so that it depends on no other example, while the gradient is still that of batch
-    norm. It is for batches of few examples. Unlike in `batch_norm`, training sees the state: a start far from the data
-    is to be kept out of it, by bounds that open late, as those published, or by an `unset` state.
+    norm. It is for batches of few examples. Unlike in `batch_norm`, the training output depends on the state: keep
+    a start far from the data out of it by bounds that open late, as the published ones do, or by an `unset` state.
 
     Args:
         params: scale and bias of the feature shape; either may be None.
@@ -74,7 +74,7 @@ def batch_renorm(
             corrected towards the same state.
         running_var: which variance the running average takes: "biased", "unbiased" or "total" (see `update`).
         activation: shape-preserving elementwise function, applied in float32 before the cast to `dtype`.
-        shortcut: array of the shape of x, added before the activation: the join of a residual block.
+        shortcut: float array of the shape of x, added before the activation, as where a residual block joins.
         dtype: dtype of the result; None is that of x.
 
     Returns:
@@ -103,44 +103,40 @@ def batch_renorm(
     _arguments.check_train(train)
     options = {"epsilon": epsilon, "feature_axis": feature_axis, "activation": activation, "dtype": dtype}
     inputs, rule = checked_call(params, state, Inputs(x, mask, shortcut), train=train, **options)
-    average, kept = _scheduled.checked_average(momentum, running_var, state, train)
-    least, most = (
-        _scheduled.checked_schedule(name, bound, jnp.float32, functools.partial(_scheduled.checked_bound, name))
-        for name, bound in (("r_max", r_max), ("d_max", d_max))
-    )
+    average, number = _scheduled.checked_average(momentum, running_var, state, train)
+    r_schedule, r_number = checked_bound("r_max", r_max, state, train)
+    d_schedule, d_number = checked_bound("d_max", d_max, state, train)
     if not train:
-        return by_state(rule, params, state, inputs), state
-    rule = training_rule(rule, inputs.x, axis_name, axis_index_groups, ghost_batch_size)
-    rule, numbers = rule._replace(average=average), Numbers(kept, least[1], most[1])
-    # Bounds that are known to be closed are batch norm: the same program, and so the same bits.
-    known = not any(isinstance(number, Tracer) for number in numbers[1:])
-    if not (known and numbers[1:] == (1, 0)):
-        for name, (schedule, _) in (("r_max", least), ("d_max", most)):
-            _scheduled.check_counted(state, name, schedule)
-        rule = rule._replace(correction=Correction(least[0], most[0]))
-    return by_batch(rule, params, state, inputs, numbers)
+        return normalize_by_state(rule, params, state, inputs), state
+    rule = training_rule(rule, inputs.x, axis_name, axis_index_groups, ghost_batch_size)._replace(average=average)
+    # Bounds that are known to allow no correction are batch norm: the same program, and so the same bits.
+    traced = isinstance(r_number, Tracer) or isinstance(d_number, Tracer)
+    if traced or (r_number, d_number) != (1, 0):
+        rule = rule._replace(correction=Correction(r_schedule, d_schedule))
+    return normalize_by_batch(rule, params, state, inputs, Numbers(number, r_number, d_number))
 
 
 @dataclasses.dataclass(frozen=True)
 class Correction:
-    """r and d of batch renormalization, with the schedules of their bounds; None where the bound is a number.
+    """Scale and bias that correct a batch towards the state, with the schedules of the bounds; None for a number.
 
+    (xhat * r + d) * scale + bias = xhat * (r * scale) + (d * scale + bias),
     r = clip(sd(batch) / sd(state), 1/r_max, r_max),  d = clip((mean(batch) - mean(state)) / sd(state), -d_max, d_max)
     """
 
     r_max: Schedule | None
     d_max: Schedule | None
 
-    def __call__(self, epsilon: float, batch: ShiftedMoments, state: State, numbers: Numbers) -> tuple[jax.Array, ...]:
-        """r and d; 1 and 0 where the running statistics are unset."""
-        unset = state.var == -jnp.inf
+    def __call__(self, epsilon: float, batch: ShiftedMoments, target: tuple[State, Numbers], affine: Affine) -> Affine:
+        """The scale and bias, or their tangents, that act on xhat as the given ones do on xhat * r + d."""
+        batch, (state, numbers) = lax.stop_gradient((batch, target))
+        unset = state.var == -jnp.inf  # not corrected: r = 1, d = 0
         running = jnp.where(unset, jnp.ones_like(state.var), state.var) + epsilon
         r = jnp.sqrt((batch.var + epsilon) / running)
-        d = -deviation(state.mean, batch) * lax.rsqrt(running)
-        bounds = []
-        for name, schedule in (("r_max", self.r_max), ("d_max", self.d_max)):
-            bound = getattr(numbers, name)
-            bound = bound if schedule is None else _scheduled.scheduled(name, schedule, state.count, jnp.float32)
-            bounds.append(jnp.maximum(bound, _scheduled.LEAST_BOUNDS[name]).astype(r.dtype))
-        r = jnp.where(unset, jnp.ones_like(r), jnp.clip(r, 1 / bounds[0], bounds[0]))
-        return r, jnp.where(unset, jnp.zeros_like(d), jnp.clip(d, -bounds[1], bounds[1]))
+        # Mean of the batch minus that of the state, by the pair.
+        d = -centered(state.mean, None, batch) * lax.rsqrt(running)
+        r_max = bound_at("r_max", self.r_max, numbers.r_max, state.count, r.dtype)
+        d_max = bound_at("d_max", self.d_max, numbers.d_max, state.count, d.dtype)
+        r = jnp.where(unset, jnp.ones_like(r), jnp.clip(r, 1 / r_max, r_max))
+        d = jnp.where(unset, jnp.zeros_like(d), jnp.clip(d, -d_max, d_max))
+        return Affine(r * affine.scale, d * affine.scale + affine.bias)

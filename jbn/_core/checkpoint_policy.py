@@ -1,12 +1,12 @@
-"""What `jax.checkpoint` keeps of layers with norms: what is dear to compute, and the statistics of the batch."""
+"""What `jax.checkpoint` keeps of layers with norms: what is expensive to compute, and the statistics of the batch."""
 
 from typing import Any
 
 import jax
 
-from jbn._core.moments import NAME
+from jbn._core.moments import CHECKPOINT_NAME
 
-_by_name = jax.checkpoint_policies.save_only_these_names(NAME)
+_by_name = jax.checkpoint_policies.save_only_these_names(CHECKPOINT_NAME)
 
 
 def checkpoint_policy(primitive: Any, *arguments: Any, **parameters: Any) -> bool:
@@ -44,5 +44,5 @@ def checkpoint_policy(primitive: Any, *arguments: Any, **parameters: Any) -> boo
     Source:
         Chen, Xu, Zhang and Guestrin, Training Deep Nets with Sublinear Memory Cost, 2016, section 3; jax.checkpoint.
     """
-    dear = jax.checkpoint_policies.dots_saveable(primitive, *arguments, **parameters)
-    return dear or _by_name(primitive, *arguments, **parameters)
+    expensive = jax.checkpoint_policies.dots_saveable(primitive, *arguments, **parameters)
+    return expensive or _by_name(primitive, *arguments, **parameters)

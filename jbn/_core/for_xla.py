@@ -1,4 +1,4 @@
-"""Forms of the same values for one compiler's sake, each beside its plain twin: the algorithm reads without them."""
+"""Workarounds for XLA, each beside its plain twin, which gives the same values: the algorithm reads without them."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -24,46 +24,53 @@ def forms(platform: str) -> Iterator[None]:
         jax.clear_caches()
 
 
-def by_platform(plain: Callable[..., Any], *operands: Any, **special: Callable[..., Any]) -> Any:
-    """plain(*operands), or where a form for the platform is given by its name, what that gives."""
+def by_platform(plain: Callable[..., Any], *operands: Any, **by_name: Callable[..., Any]) -> Any:
+    """plain(*operands), or on a platform for which a form is given by its name, what that form gives."""
     if _chosen:
-        return special.get(_chosen[-1], plain)(*operands)
-    return lax.platform_dependent(*operands, default=plain, **special)
+        return by_name.get(_chosen[-1], plain)(*operands)
+    return lax.platform_dependent(*operands, default=plain, **by_name)
 
 
-def hidden(values: Any, only_on: str | None = None) -> Any:
-    """The values, behind an optimization barrier on one platform or on all; the plain twin is the values.
-
-    Between the terms of an activation's tangent, on all: else XLA merges the slopes of the terms into one array in
-    memory (0.987 of the time of Flax's step of a ResNet-50 on an H200; 0.973 with the barrier).
-    Around the result of a join, on a GPU: else XLA keeps a float32 copy of it for the shortcut of the next block (6.96
-    GiB of temporaries; 5.28 with it).
-    Around a bfloat16 cotangent that is summed, where no activation follows inside, on a GPU: XLA then fuses the other
-    sum with the mask of the relu that follows the norm (bytes 1.014 of Flax's; 0.994 with it).
-    """
+def behind_barrier(values: Any, only_on: str | None = None) -> Any:
+    """The values, which XLA cannot merge with other uses of them, on one platform or on all; plain: the values."""
     if only_on is None:
-        return values if _chosen == ["plain"] else lax.optimization_barrier(values)
+        return values if _chosen[-1:] == ["plain"] else lax.optimization_barrier(values)
     return by_platform(lambda values: values, values, **{only_on: lax.optimization_barrier})
 
 
-def rounded_once(center: jax.Array) -> jax.Array:
-    """A center, which need not be exact, with one bit less; the plain twin is the center.
+def added(line: jax.Array, constant: jax.Array, dtype: Any) -> jax.Array:
+    """line + constant, cast to a half-precision dtype.
 
-    Else XLA may fuse the division that makes it into a subtraction from it and leave it unrounded there, and round it
-    elsewhere, so that the offset belongs to another center (the variance is off by 4e-4 at mean/sd 1e6).
+    In the transpose, the sum of the cotangent over the constant reads it behind a barrier of its own on a GPU, in its
+    own dtype. XLA then fuses the other sum with the mask of a relu that follows the norm: a step of a ResNet-50 on an
+    H200 moves 0.994 of the bytes of Flax's, 1.014 without. Forward mode pays for it there: both terms are rounded.
+    """
+
+    return by_platform(
+        lambda line, constant: (line + constant).astype(dtype),
+        line,
+        constant,
+        cuda=lambda line, constant: line.astype(dtype) + lax.optimization_barrier(constant.astype(dtype)),
+    )
+
+
+def rounded_once(center: jax.Array) -> jax.Array:
+    """A center with one bit less, which serves as well; plain: the center.
+
+    XLA may compute a quotient again in each of its uses, and round it in one and not in another, where it fuses it with
+    a subtraction. An offset from one center then belongs to another: at mean/sd 1e6 the variance is off by 4e-4. After
+    reduce_precision, which no bit survives unrounded, all uses have the same center.
     """
     form = jnp.finfo(center.dtype)
-    return center if _chosen == ["plain"] else lax.reduce_precision(center, form.nexp, form.nmant - 1)
+    return center if _chosen[-1:] == ["plain"] else lax.reduce_precision(center, form.nexp, form.nmant - 1)
 
 
-def indexed_automatically(
-    function: Callable[[jax.Array], jax.Array], x: jax.Array, reduced: tuple[int, ...]
-) -> jax.Array:
-    """function(x), whose result has size 1 on the reduced axes; explicit sharding refuses to slice a sharded axis."""
+def indexed_automatically(function: Callable[[jax.Array], Any], x: jax.Array, reduced: tuple[int, ...]) -> jax.Array:
+    """function(x), whose result has size 1 on the reduced axes; explicit sharding cannot slice a split axis."""
     sharding = jax.typeof(x).sharding
     if not any(sharding.spec):
         return function(x)
-    features = PartitionSpec(*(None if axis in reduced else names for axis, names in enumerate(sharding.spec)))
+    out_spec = PartitionSpec(*(None if axis in reduced else names for axis, names in enumerate(sharding.spec)))
     with jax.sharding.use_abstract_mesh(sharding.mesh):
-        automatic: Callable[..., Any] = jax.sharding.auto_axes(function, out_sharding=features)
+        automatic: Callable[..., Any] = jax.sharding.auto_axes(function, out_sharding=out_spec)
         return automatic(x)

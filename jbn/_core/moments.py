@@ -18,7 +18,7 @@ from jbn._core import for_xla
 from jbn._core.sharing import every_part, sum_over
 from jbn._rule import Rule, Sharing, checked_rule, training_rule
 
-NAME = "jbn_statistics"
+CHECKPOINT_NAME = "jbn_statistics"
 """What `jax.checkpoint` policies know the statistics of a batch by."""
 
 
@@ -39,22 +39,23 @@ class Moments(NamedTuple):
 
     mean: jax.Array
     var: jax.Array
-    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]  optax's word, dearer than tuple.count
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]  hides tuple.count; optax's word for it
 
 
 class ShiftedMoments(NamedTuple):
-    """Moments whose mean is the unrounded pair shift + offset; in bfloat16 shift alone, and offset None.
+    """Moments whose mean is shift + offset, a pair that is never added up before x - mean is formed.
 
-    One float32 mean is off by up to half a unit in its last place, 0.004 standard deviations where the mean is 1e5 of
-    them; `(x - shift) - offset` is not. bfloat16 values lie so far apart that one mean is off by at most
-    2^-17 sqrt(N) standard deviations, and lets XLA fuse more. Arrays have the rank of x, with size 1 on the reduced
-    axes; count is a scalar where it is the same for all.
+    One float32 mean is off by up to half a unit in its last place, 0.004 standard deviations (sd) where it is 1e5 of
+    them; (x - shift) - offset is not. In bfloat16 shift is the mean, and offset None: values that differ, do so by 2^-8
+    of their size at least, so that one of N values apart makes an sd of 2^-8 / sqrt(N) of it, and one float32 mean is
+    off by 2^-17 sqrt(N) sd at most; XLA fuses more with one vector. All have the rank of x, with size 1 on the reduced
+    axes, but count is a scalar without a mask and without sharing.
     """
 
     shift: jax.Array
     offset: jax.Array | None
     var: jax.Array
-    count: Any  # pyright: ignore[reportIncompatibleMethodOverride]  optax's word, dearer than tuple.count
+    count: Any  # pyright: ignore[reportIncompatibleMethodOverride]  hides tuple.count; optax's word for it
 
 
 def moments(
@@ -138,117 +139,126 @@ def merge(*moments: Moments) -> Moments:
         _arguments.check_vectors("moments", part, shapes[0], "the shape of `moments.mean`")
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(Moments(*part) for part in moments))
     mean, var = (jnp.where(stacked.count > 0, leaf, jnp.zeros_like(leaf)) for leaf in (stacked.mean, stacked.var))
-    return by_feature(union(ShiftedMoments(mean, None, var, stacked.count)), ())
+    return by_feature(merge_stacked(ShiftedMoments(mean, None, var, stacked.count)), ())
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _moments(rule: Rule, x: jax.Array, mask: jax.Array | None) -> Moments:
-    """The moments of the feature shape; their derivative keeps only the input."""
+    """The moments of the feature shape; their derivative stores only the input."""
     if 0 in x.shape:
-        return Moments(*(jnp.zeros(rule.axes.features(x.shape), wide(x).dtype) for _ in Moments._fields))
-    batch = jax.checkpoint(of_batch, static_argnums=0, prevent_cse=False)(rule, x, mask)
+        nothing = [jnp.zeros(rule.axes.features(x.shape), wide(x).dtype) for _ in range(3)]
+        return Moments(*nothing)
+    batch = jax.checkpoint(batch_moments, static_argnums=0, prevent_cse=False)(rule, x, mask)
     return by_feature(batch, rule.reduced)
 
 
-def of_batch(rule: Rule, x: jax.Array, mask: jax.Array | None) -> ShiftedMoments:
-    """The moments of x over its reduced axes and over all who share; in one pass over x, with a mask in two."""
+def batch_moments(rule: Rule, x: jax.Array, mask: jax.Array | None) -> ShiftedMoments:
+    """The moments of x over its reduced axes and over all who share."""
     if mask is None:
         size = math.prod(x.shape[axis] for axis in rule.reduced)
-        dtype = wide(x).dtype
-        count = np.asarray(size, dtype) if isinstance(size, int) else jnp.asarray(size, dtype)
-        by_row, asked = (functools.partial(form, rule.reduced, count) for form in (_about_a_row, _asked_afterwards))
-        batch = ShiftedMoments(*for_xla.by_platform(by_row, x, tpu=asked), count=count)
+        # A NumPy scalar is a constant to XLA; a symbolic size is known when the program runs.
+        count = np.asarray(size, wide(x).dtype) if isinstance(size, int) else jnp.asarray(size, wide(x).dtype)
+        about_a_row = functools.partial(_about_a_row, rule.reduced, count)
+        about_zero = functools.partial(_about_zero_first, rule.reduced, count)
+        batch = ShiftedMoments(*for_xla.by_platform(about_a_row, x, tpu=about_zero), count=count)
     else:
-        batch = _of_valid(x, mask, rule.reduced)
+        batch = _of_valid(rule.reduced, x, mask)
     if rule.sharing is not None:
-        batch = shared(rule.sharing, batch)
+        batch = merge_shared(rule.sharing, batch)
     if x.dtype == jnp.bfloat16:
         batch = batch._replace(shift=mean_of(batch), offset=None)
-    return jax.tree.map(lambda value: checkpoint_name(value, NAME) if np.ndim(value) else value, batch)
+    return jax.tree.map(lambda value: checkpoint_name(value, CHECKPOINT_NAME) if np.ndim(value) else value, batch)
 
 
-def _about(shift: jax.Array, x: jax.Array, mask: jax.Array | None, count: Any, reduced: tuple[int, ...]) -> Any:
-    """The shift, the mean's offset from it, and the biased variance, whose error grows with offset**2 / var.
+def _about(reduced: tuple[int, ...], count: Any, shift: jax.Array, x: jax.Array, mask: Any = None) -> list[jax.Array]:
+    """The shift, the offset of the mean from it, and the biased variance, whose error grows with offset**2 / var.
 
     z = x - shift,  offset = mean(z),  var = mean(z**2) - offset**2
     """
-    shift = lax.stop_gradient(shift)
-    z = valid(wide(x) - shift, mask)
+    shift = lax.stop_gradient(shift)  # the moments do not depend on it
+    z = zero_masked(wide(x) - shift, mask)
     offset, mean_square = (jnp.sum(v, reduced, keepdims=True) / count for v in (z, z * z))
-    return shift, offset, jnp.maximum(mean_square - offset * offset, 0)
+    return [shift, offset, jnp.maximum(mean_square - offset * offset, 0)]
 
 
-def _about_a_row(reduced: tuple[int, ...], count: Any, x: jax.Array) -> tuple[jax.Array, ...]:
-    """Moments about a value of the data, in one pass."""
+def _about_a_row(reduced: tuple[int, ...], count: Any, x: jax.Array) -> list[jax.Array]:
+    """Moments about values of the data, in one pass over x."""
     row = for_xla.indexed_automatically(functools.partial(near_the_data, reduced=reduced), x, reduced)
-    return _about(row, x, None, count, reduced)
+    return _about(reduced, count, row, x)
 
 
-def _asked_afterwards(reduced: tuple[int, ...], count: Any, x: jax.Array) -> tuple[jax.Array, ...]:
-    """Moments about 0, and again about their mean where digits were lost.
+def _about_zero_first(reduced: tuple[int, ...], count: Any, x: jax.Array) -> list[jax.Array]:
+    """Moments about 0; if that lost digits in a feature, all of them again, about the means that it gave.
 
-    On a TPU the sums about 0 ride on the convolution that makes x: a step of a ResNet-50 moves 0.99 of the bytes of
-    Flax's in bfloat16, 1.055 about a row. On a GPU the host would wait for the answer (1.083 of the time of Flax's).
+    For TPUs, where sums about 0 fuse with the convolution that makes x: a step of a ResNet-50 moves 0.99 of the bytes
+    of Flax's in bfloat16, 1.055 about a row. A layer with a feature far from 0 has a second pass, and every layer under
+    vmap. On a GPU the host would wait for the answer (1.083 of the time of Flax's step).
     """
-    zero = jnp.zeros_like(jnp.sum(wide(x), reduced, keepdims=True))
-    zero, offset, var = _about(zero, x, None, count, reduced)
-    lost = jnp.any(~(offset * offset <= 8 * var) | ~lax.is_finite(var))
-    again = lambda x, zero, offset, var: _about(for_xla.rounded_once(offset), x, None, count, reduced)  # noqa: E731
-    return lax.cond(lost, again, lambda x, *first: first, x, zero, offset, var)
+    zero = jnp.zeros_like(jnp.sum(wide(x), reduced, keepdims=True))  # split over devices as the sums are
+    first = _about(reduced, count, zero, x)
+    _, mean, var = first
+    # The variance's error is at most about 9 units of rounding while mean**2 <= 8 var; written so that NaN is lost too.
+    lost = jnp.any(~(mean * mean <= 8 * var) | ~lax.is_finite(var))
+    again = functools.partial(_about, reduced, count)
+    return lax.cond(lost, lambda x, first: again(for_xla.rounded_once(first[1]), x), lambda x, first: first, x, first)
 
 
-def _of_valid(x: jax.Array, mask: jax.Array, reduced: tuple[int, ...]) -> ShiftedMoments:
-    """Moments of the values that the mask marks, in two phases: their mean, and the squares about it."""
-    dtype = wide(x).dtype
+def _of_valid(reduced: tuple[int, ...], x: jax.Array, mask: jax.Array) -> ShiftedMoments:
+    """Moments of the values that the mask marks, in two passes: their mean, and the moments about it."""
     repeats = math.prod(x.shape[axis] for axis in reduced if mask.shape[axis] == 1)
-    count = jnp.sum(mask, reduced, keepdims=True, dtype=jnp.int32).astype(dtype) * repeats
-    divisor = lax.max(count, jnp.ones_like(count))
-    mean = for_xla.rounded_once(jnp.sum(valid(wide(x), mask), reduced, keepdims=True) / divisor)
-    return ShiftedMoments(*_about(mean, x, mask, divisor, reduced), count=count)
+    count = jnp.sum(mask, reduced, keepdims=True, dtype=jnp.int32).astype(wide(x).dtype) * repeats
+    divisor = jnp.maximum(count, 1)
+    mean = for_xla.rounded_once(jnp.sum(zero_masked(wide(x), mask), reduced, keepdims=True) / divisor)
+    return ShiftedMoments(*_about(reduced, divisor, mean, x, mask), count=count)
 
 
 def near_the_data(x: jax.Array, reduced: tuple[int, ...]) -> jax.Array:
-    """A value near the data for each feature: the elementwise median of three rows of the first example.
+    """A value near the data for each feature: the median of three rows of the first example, a value each.
 
-    About the mean of R of N values the relative error of the variance is at most about u * (1 + N / R), so that two of
-    the three rows must be far out on one side to lose digits. Of three examples, where an example has no axis of three.
+    A single value may be sqrt(N) standard deviations from the mean of N values, where the variance's error is about
+    u * (1 + N). The median is that far only if two of its three values are, on one side: u * (1 + N / 2) at most. The
+    rows are of the first three examples, or at the quarters of the batch, where an example has no axis of three values.
     """
     if not reduced:
         return wide(x)
     inner = [axis for axis in reduced[1:] if isinstance(x.shape[axis], int) and x.shape[axis] >= 3]
     along = (inner or reduced)[0]
     size = x.shape[along]
-    # Along this axis last: where it is split, cutting a row out of x at once would send a slab of x to a neighbor.
+    # The other axes first: where `along` is split over devices, little is left to send.
     for axis in reduced:
         x = x if axis == along else lax.slice_in_dim(x, 0, 1, axis=axis)
     if isinstance(size, int):
         rows = [lax.slice_in_dim(x, at, at + 1, axis=along) for at in (size // 4, size // 2, 3 * size // 4)]
-    else:  # a symbolic size: the first rows, where places beyond the end are that of the last one
+    else:  # a symbolic size: dynamic slices beyond the end give the last row
         rows = [lax.dynamic_slice_in_dim(x, at, 1, axis=along) for at in range(3)]
     a, b, c = map(wide, rows)
     return lax.max(lax.min(a, b), lax.min(lax.max(a, b), c))
 
 
-def shared(sharing: Sharing, local: ShiftedMoments) -> ShiftedMoments:
-    """The moments of the union of the parts of all who share, the same to each of them."""
+def merge_shared(sharing: Sharing, local: ShiftedMoments) -> ShiftedMoments:
+    """The moments of all who share, the same to each of them."""
     local = local._replace(count=jnp.reshape(local.count, local.count.shape or (1,) * local.var.ndim))
     parts = every_part(sharing, jax.tree.leaves(local))
-    return union(local, functools.partial(sum_over, sharing)) if parts is None else union(ShiftedMoments(*parts))
+    return _merged(local, functools.partial(sum_over, sharing)) if parts is None else merge_stacked(parts)
 
 
-def union(part: ShiftedMoments, add: Callable[..., Sequence[jax.Array]] | None = None) -> ShiftedMoments:
-    """The moments of the union of parts, which `add` sums over; None: of those that are stacked along a first axis.
+def merge_stacked(parts: Sequence[Any]) -> ShiftedMoments:
+    """The moments of the union of parts that are stacked along a first axis."""
+    parts = ShiftedMoments(*parts)
+    parts = parts._replace(count=jnp.zeros_like(parts.var) + parts.count)
+    whole = _merged(parts, lambda arrays: [jnp.sum(array, axis=0, keepdims=True) for array in arrays])
+    return jax.tree.map(lambda value: value[0], whole)
+
+
+def _merged(part: ShiftedMoments, add: Callable[[Sequence[jax.Array]], Sequence[jax.Array]]) -> ShiftedMoments:
+    """The moments of the union of parts, where `add` sums over the parts.
 
     n = sum(n_i),  center = sum(n_i * mean_i) / n,  d_i = mean_i - center,
     mean = center + sum(n_i * d_i) / n,  var = sum(n_i * (var_i + d_i**2)) / n - (sum(n_i * d_i) / n)**2
     """
-    if add is None:
-        part = part._replace(count=jnp.zeros_like(part.var) + part.count)
-        whole = union(part, lambda arrays: [jnp.sum(array, axis=0, keepdims=True) for array in arrays])
-        return jax.tree.map(lambda value: value[0], whole)
     count, total = add((part.count, part.count * mean_of(part)))
-    divisor = jnp.maximum(count, 1)
-    center = for_xla.rounded_once(lax.stop_gradient(total / divisor))
+    divisor = jnp.where(count > 0, count, jnp.ones_like(count))
+    center = for_xla.rounded_once(lax.stop_gradient(total / divisor))  # any center gives the same moments
     distance = part.shift - center if part.offset is None else (part.shift - center) + part.offset
     distance = jnp.where(part.count > 0, distance, jnp.zeros_like(distance))
     sums = add((part.count * distance, part.count * (part.var + distance * distance)))
@@ -259,10 +269,8 @@ def union(part: ShiftedMoments, add: Callable[..., Sequence[jax.Array]] | None =
 def by_feature(batch: ShiftedMoments, reduced: tuple[int, ...]) -> Moments:
     """Moments of the feature shape, their mean in one number."""
     mean, var = (lax.squeeze(value, reduced) for value in (mean_of(batch), batch.var))
-    count = jnp.broadcast_to(
-        batch.count if np.ndim(batch.count) == 0 else lax.squeeze(batch.count, reduced), mean.shape
-    )
-    return Moments(mean, var, count)
+    count = lax.squeeze(batch.count, reduced) if np.ndim(batch.count) else batch.count
+    return Moments(mean, var, jnp.broadcast_to(count, mean.shape))
 
 
 def mean_of(batch: ShiftedMoments) -> jax.Array:
@@ -270,10 +278,13 @@ def mean_of(batch: ShiftedMoments) -> jax.Array:
     return batch.shift if batch.offset is None else batch.shift + batch.offset
 
 
-def deviation(x: jax.Array, batch: ShiftedMoments) -> jax.Array:
-    """(x - shift) - offset, in that order: the difference from the shift is nearly exact, the mean itself is not."""
-    centered = wide(x) - batch.shift
-    return centered if batch.offset is None else centered - batch.offset
+def centered(x: jax.Array, mask: jax.Array | None, batch: ShiftedMoments) -> jax.Array:
+    """(x - shift) - offset, in that order: the difference from the shift is nearly exact, the mean itself is not.
+
+    In masked places of x stands the shift, at which no activation overflows, whatever x holds.
+    """
+    x = wide(x) if mask is None else jnp.where(mask, wide(x), batch.shift)
+    return x - batch.shift if batch.offset is None else (x - batch.shift) - batch.offset
 
 
 def wide(x: jax.Array) -> jax.Array:
@@ -281,6 +292,6 @@ def wide(x: jax.Array) -> jax.Array:
     return lax.convert_element_type(x, _arguments.arithmetic_dtype(x.dtype))
 
 
-def valid(x: jax.Array, mask: jax.Array | None) -> jax.Array:
+def zero_masked(x: jax.Array, mask: jax.Array | None) -> jax.Array:
     """x with 0 in masked places."""
     return x if mask is None else jnp.where(mask, x, jnp.zeros((), x.dtype))

@@ -10,16 +10,16 @@ from jax import lax
 from jbn._rule import Sharing
 
 FEW = 16
-"""Up to so many parts are sent whole: one collective more costs a device more than their bytes do."""
+"""Up to so many parts are sent whole, by one collective: a second one costs a device more than their bytes."""
 
 
 def sum_over(sharing: Sharing, arrays: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
     """Sums of arrays over those who share, by one collective."""
     name, groups = sharing
-    if groups is None or _takes_groups(sharing):
+    group_of, _, by_groups = _places(sharing)
+    if groups is None or by_groups:
         return _in_one_row(arrays, lambda row: lax.psum(row, name, axis_index_groups=groups))
-    group_of, _ = _places(sharing)
-    # A slot for each group, of which each reads its own.
+    # A slot for each group: each place writes to that of its group, and reads it.
     own = jnp.arange(len(groups)) == jnp.asarray(group_of)[lax.axis_index(name)]
     return _in_one_row(arrays, lambda row: jnp.sum(_where(own, lax.psum(_where(own, row[None]), name)), axis=0))
 
@@ -27,39 +27,38 @@ def sum_over(sharing: Sharing, arrays: Sequence[jax.Array]) -> tuple[jax.Array, 
 def every_part(sharing: Sharing, arrays: Sequence[jax.Array]) -> tuple[jax.Array, ...] | None:
     """The arrays of each of those who share, stacked along a new first axis, by one collective; None if they are many.
 
-    Each writes into a slot of its own, and zeros stand for who does not share. That sends as many rows as there are
-    slots, so that two sums send less where there are many.
+    Each place writes to a slot of its own; the parts of those who do not share are 0. So many places cost as many rows,
+    and beyond FEW two sums (see `moments.merge_shared`) send less.
     """
     name, groups = sharing
-    group_of, seat_of = _places(sharing)
-    here = lax.axis_index(name)
-    if groups is None or _takes_groups(sharing):
-        slots = jnp.arange(max(seat_of) + 1) == jnp.asarray(seat_of)[here]
+    group_of, seat_of, by_groups = _places(sharing)
+    place = lax.axis_index(name)
+    if groups is None or by_groups:
+        slots = jnp.arange(max(seat_of) + 1) == jnp.asarray(seat_of)[place]
         collective = lambda row: lax.psum(_where(slots, row[None]), name, axis_index_groups=groups)  # noqa: E731
     else:
-        slots = jnp.arange(len(group_of)) == here
-        own = jnp.asarray(group_of) == jnp.asarray(group_of)[here]
+        slots = jnp.arange(len(group_of)) == place
+        own = jnp.asarray(group_of) == jnp.asarray(group_of)[place]
         collective = lambda row: _where(own, lax.psum(_where(slots, row[None]), name))  # noqa: E731
     return None if len(slots) > FEW else _in_one_row(arrays, collective)
 
 
-def _takes_groups(sharing: Sharing) -> bool:
-    """Whether lax.psum takes these groups here: groups of one size (TPUs take no others), under pmap or shard_map,
-    unless that tracks which values vary (check_vma)."""
-    if sharing.groups is None or len(set(map(len, sharing.groups))) > 1:
-        return False
-    manual = sharing.axis_name in jax.sharding.get_abstract_mesh().manual_axes
-    return manual and jax.typeof(lax.axis_index(sharing.axis_name)) == jax.typeof(jnp.int32(0))
+def _places(sharing: Sharing) -> tuple[np.ndarray, np.ndarray, bool]:
+    """For each place on the axis its group and its position in it; and whether lax.psum takes these groups here.
 
-
-def _places(sharing: Sharing) -> tuple[np.ndarray, np.ndarray]:
-    """The number of each place's group, and its seat in it."""
-    size = lax.axis_size(sharing.axis_name)
+    It does so under pmap and shard_map, for groups of equal size (TPUs take no others), but not where shard_map tracks
+    which values vary (check_vma), as the type of the place tells.
+    """
+    name, groups = sharing
+    size = lax.axis_size(name)
     group_of, seat_of = np.zeros(size, np.int32), np.zeros(size, np.int32)
-    for number, group in enumerate(sharing.groups or [range(size)]):
+    for number, group in enumerate(groups or [range(size)]):
         group_of[list(group)] = number
         seat_of[list(group)] = np.arange(len(group))
-    return group_of, seat_of
+    if groups is None or len(set(map(len, groups))) > 1:
+        return group_of, seat_of, False
+    tracked = jax.typeof(lax.axis_index(name)) != jax.typeof(jnp.int32(0))
+    return group_of, seat_of, name in jax.sharding.get_abstract_mesh().manual_axes and not tracked
 
 
 def _where(chosen: jax.Array, rows: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 
 from jbn import _arguments, _scheduled
 from jbn._core.moments import Moments
+from jbn._rule import Numbers
 from jbn._scheduled import Average
 from jbn.momentum import Schedule
 
@@ -34,12 +35,13 @@ class Params(NamedTuple):
 
 
 class State(NamedTuple):
-    """What is remembered: the running statistics, which inference depends on and training never sees.
+    """What is remembered: the running statistics, which inference depends on, and training by `batch_norm` does not.
 
     Attributes:
         mean: float32 or float64 array of the feature shape.
         var: float32 or float64 array of the feature shape; -inf where it is not known yet (see `unset`).
-        count: float32 array of the feature shape, the updates that each feature has had.
+        count: float32 array of the feature shape, the updates that each feature has had; None where no schedule
+            reads it.
 
     Example:
         >>> import jbn
@@ -50,7 +52,7 @@ class State(NamedTuple):
 
     mean: jax.Array
     var: jax.Array
-    count: Any  # pyright: ignore[reportIncompatibleMethodOverride]  optax's word, dearer than tuple.count
+    count: Any  # pyright: ignore[reportIncompatibleMethodOverride]  hides tuple.count; optax's word for it
 
 
 def init(features: int | Sequence[int], dtype: Any = jnp.float32) -> tuple[Params, State]:
@@ -88,9 +90,9 @@ def update(state: State, moments: Moments, *, momentum: float | Schedule = 0.99,
 
     new = momentum * old + (1 - momentum) * batch
 
-    Each feature moves on its own. One whose new statistics would not be finite, or that has no value, keeps mean,
-    variance and count; so does one with a single value under "unbiased". Unset statistics are replaced by the batch's
-    biased moments.
+    Each feature moves on its own. One whose new statistics would not be finite, or that has no value in the batch,
+    keeps mean, variance and count; so does one with a single value under "unbiased". Unset statistics are replaced by
+    the batch's biased moments. A statistic that is not finite itself, other than an unset one, is a fault and stays.
 
     Args:
         state: the running statistics, of the feature shape.
@@ -124,49 +126,50 @@ def update(state: State, moments: Moments, *, momentum: float | Schedule = 0.99,
     features = np.shape(state.mean)
     for name, vectors in (("state", state), ("moments", moments)):
         _arguments.check_vectors(name, vectors, features, "the shape of `state.mean`")
-    average, kept = _scheduled.checked_average(momentum, running_var, state, True)
-    return _updated(average, state, moments, kept, True)
+    average, number = _scheduled.checked_average(momentum, running_var, state, True)
+    return _moved(average, state, moments, Numbers(momentum=number), True)
 
 
-def updated(average: Average, old: State, batch: Moments, kept: Any, counted: bool) -> State:
-    """The state after a batch, feature by feature; `counted` if a feature may have no value.
+def moved(average: Average, old: State, batch: Moments, numbers: Numbers, may_be_empty: bool) -> State:
+    """The state after a batch, feature by feature; `may_be_empty` if a feature of the batch may have no value.
 
-    new = kept * old + (1 - kept) * batch
+    new = momentum * old + (1 - momentum) * batch
     """
     dtype = jnp.result_type(old.mean)
     batch = Moments(*(_placed_as(old.mean, lax.convert_element_type(value, dtype)) for value in batch))
+    momentum = numbers.momentum
     if average.schedule is not None:
-        kept = jnp.clip(_scheduled.scheduled("momentum", average.schedule, old.count, dtype), 0, 1)
-    # Selected before any arithmetic, since -inf would make NaN.
+        momentum = jnp.clip(_scheduled.scheduled("momentum", average.schedule, old.count, dtype), 0, 1)
+    weights = momentum, 1 - momentum
+    # An unset feature starts from the batch; selected first, since -inf in arithmetic makes NaN.
     unset = old.var == -jnp.inf
-    mean, var = (lax.select(unset, value, start) for value, start in zip(batch[:2], old[:2], strict=True))
-    taken, least = batch.var, 0
+    start_mean, start_var = lax.select(unset, batch.mean, old.mean), lax.select(unset, batch.var, old.var)
+    batch_var, needed = batch.var, 1 if may_be_empty else 0
     if average.running_var == "unbiased":
-        taken = lax.select(unset, taken, taken * (batch.count / jnp.maximum(batch.count - 1, 1)))
-        counted, least = True, 1
-    new_mean, new_var = _moved(average, kept, (mean, var), (batch.mean, taken))
+        factor = batch.count / jnp.maximum(batch.count - 1, 1)
+        batch_var, needed = lax.select(unset, batch.var, batch.var * factor), 2
+    mean = _averaged(average, weights, start_mean, batch.mean)
+    var = _averaged(average, weights, start_var, batch_var)
     if average.running_var == "total":
-        new_var = new_var + kept * (1 - kept) * jnp.square(batch.mean - mean)
-    good = lax.is_finite(new_mean) & lax.is_finite(new_var)
-    good = good & (batch.count > least) if counted else good
-    count = None if old.count is None else old.count + good.astype(old.count.dtype)
-    return lax.stop_gradient(State(lax.select(good, new_mean, old.mean), lax.select(good, new_var, old.var), count))
+        var = var + weights[0] * weights[1] * jnp.square(batch.mean - start_mean)
+    moves = lax.is_finite(mean) & lax.is_finite(var)
+    moves = moves & (batch.count >= needed) if needed else moves
+    count = None if old.count is None else old.count + moves.astype(old.count.dtype)
+    return lax.stop_gradient(State(lax.select(moves, mean, old.mean), lax.select(moves, var, old.var), count))
 
 
-_updated = jax.jit(updated, static_argnums=(0, 4), inline=True)
+_moved = jax.jit(moved, static_argnums=(0, 4), inline=True)
 
 
-def _moved(average: Average, kept: Any, old: Sequence[jax.Array], batch: Sequence[jax.Array]) -> list[jax.Array]:
-    """kept * old + (1 - kept) * batch, written about the nearer end, so that neither loses its last digits."""
-    share = 1 - kept
-    heavy = [a + share * (b - a) for a, b in zip(old, batch, strict=True)] if average.heavy is not False else None
-    light = [b + kept * (a - b) for a, b in zip(old, batch, strict=True)] if not average.heavy else None
-    if heavy is None or light is None:
-        return heavy or light or []
-    return [jnp.where(kept < 0.5, low, high) for low, high in zip(light, heavy, strict=True)]
+def _averaged(average: Average, weights: tuple[Any, Any], old: jax.Array, batch: jax.Array) -> jax.Array:
+    """The weighted average of two values, from the one with the larger weight, so that no digits are lost."""
+    of_old, of_batch = weights
+    if average.heavy is None:
+        return jnp.where(of_old < 0.5, batch + of_old * (old - batch), old + of_batch * (batch - old))
+    return old + of_batch * (batch - old) if average.heavy else batch + of_old * (old - batch)
 
 
 def _placed_as(old: jax.Array, new: jax.Array) -> jax.Array:
-    """Under explicit sharding, where the old array is, so that the state can be carried through a loop."""
-    there, here = jax.typeof(old).sharding.spec, jax.typeof(new).sharding
-    return new if there == here.spec else jax.sharding.reshard(new, NamedSharding(here.mesh, there))
+    """The new array, split as the old one under explicit sharding, so that the state can be carried through a loop."""
+    spec, sharding = jax.typeof(old).sharding.spec, jax.typeof(new).sharding
+    return new if spec == sharding.spec else jax.sharding.reshard(new, NamedSharding(sharding.mesh, spec))

@@ -10,7 +10,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jbn import _arguments
-from jbn._core.moments import ShiftedMoments, mean_of, union
+from jbn._core.moments import ShiftedMoments, mean_of, merge_stacked
 from jbn._core.state import State
 
 
@@ -64,7 +64,7 @@ def merge_states(*states: State, weights: Sequence[ArrayLike] | None = None) -> 
     largest = jnp.max(weight, axis=0, keepdims=True)
     weight = weight / jnp.where(largest > 0, largest, jnp.ones((), dtype))
     mean, var = (jnp.where(weight > 0, leaf, jnp.zeros((), dtype)) for leaf in (mean, var))
-    merged = union(ShiftedMoments(shift=mean, offset=None, var=var, count=weight))
+    merged = merge_stacked(ShiftedMoments(shift=mean, offset=None, var=var, count=weight))
     known = merged.count > 0
     state = State(
         mean=jnp.where(known, mean_of(merged), jnp.zeros((), dtype)),
