@@ -79,7 +79,8 @@ def torch_result(options, call, cumulative=False):
     momentum = None if cumulative else 1 - options.momentum
     layer = kinds[call.x.ndim](call.x.shape[1], options.epsilon, momentum).train(options.train)
     names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-    values = (torch.tensor(np.array(value)) for value in (*call.params, *call.state))
+    # PyTorch counts once for all features.
+    values = (torch.tensor(np.array(value)) for value in (*call.params, *call.state[:2], call.state.count[0]))
     layer.load_state_dict(dict(zip(names, values, strict=True)))
     x = torch.tensor(call.x, requires_grad=True)
     out = layer(x)
