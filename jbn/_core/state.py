@@ -126,6 +126,7 @@ def update(state: State, moments: Moments, *, momentum: float | Schedule = 0.99,
     features = np.shape(state.mean)
     for name, vectors in (("state", state), ("moments", moments)):
         _arguments.check_vectors(name, vectors, features, "the shape of `state.mean`")
+    _arguments.check_state_dtype(state)
     average, number = _scheduled.checked_average(momentum, running_var, state, True)
     return _moved(average, state, moments, Numbers(momentum=number), True)
 
@@ -136,6 +137,7 @@ def moved(average: Average, old: State, batch: Moments, numbers: Numbers, may_be
     new = momentum * old + (1 - momentum) * batch
     """
     dtype = jnp.result_type(old.mean)
+    old = old._replace(var=lax.convert_element_type(old.var, dtype))
     batch = Moments(*(_placed_as(old.mean, lax.convert_element_type(value, dtype)) for value in batch))
     momentum = numbers.momentum
     if average.schedule is not None:
