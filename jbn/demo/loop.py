@@ -55,7 +55,7 @@ def train(
     chex.clear_trace_counter()
     step = make_step(mesh, optimizer, momentum=momentum_from_text(options.momentum), running_var=options.running_var)
     shared_statistics = make_shared_statistics(mesh)
-    params, state = model.init(jax.random.key(options.seed))
+    params, state = _initialized(options.seed)
     done, run, record = _start(Run(params, state, optimizer.init(params)), manager)
     run = jax.device_put(run, everywhere)
     pending: list[Metrics] = []
@@ -78,6 +78,15 @@ def train(
         return Result(record, _watched(jbn.unset(own_run.state)), own_run, None, None)
     accuracy = float(evaluate(own_run.params, calibrated, digits.held_out, train=False).accuracy)
     return Result(record, _watched(calibrated), own_run, calibrated, accuracy)
+
+
+def _initialized(seed: int) -> tuple[model.Tree, model.Tree]:
+    """The first parameters and statistics, by one program that runs once.
+
+    Optimizing a program of random numbers takes a CPU's compiler eight seconds, running it unoptimized no time.
+    """
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(lambda key: model.init(key), compiler_options=options)(jax.random.key(seed))
 
 
 def _calibrated(run: Run, examples: data.Examples) -> model.Tree | None:

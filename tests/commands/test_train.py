@@ -58,7 +58,7 @@ def test_a_run_writes_a_picture_and_its_history(run):
 
 
 def test_the_checkpoint_holds_parameters_and_statistics(run):
-    params, _ = model.init(jax.random.key(1))
+    params, _ = jax.eval_shape(model.init, jax.random.key(1))
     with orbax.checkpoint.StandardCheckpointer() as checkpointer:
         restored = checkpointer.restore(run.folder / "checkpoints" / "12" / "run")
     assert (restored["state"]["stem"]["count"] == 12).all()

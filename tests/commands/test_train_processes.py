@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from flax import serialization
 from support import steps_of_processes
+from support.compilation import compiled
 from support.subprocesses import SMALL, finished
 from support.tolerances import assert_close
 
-from jbn.demo import processes
+from jbn.demo import model, processes
 from jbn.demo.options import Options, check_processes
 
 pytestmark = pytest.mark.standard_promotion
@@ -26,7 +27,7 @@ def coordinator():
 
 def steps_in_turn(devices, dtype, folder):
     """The run after each step of one process, which leaves the run before each in the folder."""
-    run, after = steps_of_processes.fresh_run(dtype), []
+    run, after = steps_of_processes.fresh_run(dtype, compiled(lambda key: model.init(key))), []
     after_step = steps_of_processes.make_stepper(devices, dtype)
     for number in range(steps_of_processes.STEPS):
         (folder / f"before_{number}").write_bytes(serialization.to_bytes(run))

@@ -5,8 +5,9 @@ import shutil
 from typing import NamedTuple
 
 import pytest
+from support import small_network
 
-from jbn.demo import checkpoints, loop
+from jbn.demo import checkpoints, loop, picture
 
 pytestmark = [pytest.mark.standard_promotion, pytest.mark.usefixtures("small")]
 
@@ -34,7 +35,9 @@ def story(small, command, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(checkpoints, "save", save_and_stop)
         interrupted = command(*RUN, folder, "--resume")
-    return Story(folder, interrupted, command(*RUN, folder, "--resume"))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(picture, "draw", small_network.blank_picture)
+        return Story(folder, interrupted, command(*RUN, folder, "--resume"))
 
 
 def test_resuming_what_was_not_begun_starts_from_the_first_step(story):
@@ -56,7 +59,8 @@ def test_a_resumed_run_goes_on_after_the_last_checkpoint(story):
     assert len(json.loads((story.folder / "history.json").read_text())["loss"]) == 4
 
 
-def test_a_finished_run_is_told_again(story, command):
+def test_a_finished_run_is_told_again(story, command, monkeypatch):
+    monkeypatch.setattr(picture, "draw", small_network.blank_picture)
     again = command(*RUN, story.folder, "--resume")
     assert again.status == 0
     assert "resumed after step 4" in again.out

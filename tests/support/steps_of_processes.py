@@ -30,8 +30,8 @@ def cast(tree, dtype):
     return jax.tree.map(lambda leaf: leaf.astype(dtype) if np.issubdtype(leaf.dtype, np.floating) else leaf, tree)
 
 
-def fresh_run(dtype):
-    params, state = cast(model.init(jax.random.key(SEED)), dtype)
+def fresh_run(dtype, initialized=model.init):
+    params, state = cast(initialized(jax.random.key(SEED)), dtype)
     return Run(params, state, OPTIMIZER.init(params))
 
 
