@@ -176,6 +176,21 @@ def test_no_scale_and_no_bias_are_ones_and_zeros(rng, dtype):
         assert_same(passes(jbn.Params(None, None), x), passes(ones, x))
 
 
+def test_a_shortcut_is_added_in_float32_before_the_activation_in_training_and_at_inference(rng):
+    """Whatever its dtype is; the result has that of x, or that asked for."""
+    params, state = jbn.Params(*rng.normal(size=(2, 3)).astype(np.float32)), jbn.init(3)[1]
+    x, shortcut = rng.normal(size=(2, 8, 3)).astype(np.float32)
+    for x_dtype, dtype, result in (("float32", "bfloat16", None), ("bfloat16", "float32", "float32")):
+        given = jnp.asarray(x, x_dtype), jnp.asarray(shortcut, dtype)
+        exact_x, exact = (np.asarray(array.astype(jnp.float32), np.float64) for array in given)
+        before = reference.batch_norm(exact_x, *params).out, reference.inference(exact_x, 0, 1, *params)
+        for train, normalized in zip((True, False), before, strict=True):
+            options = {"shortcut": given[1], "activation": jnp.tanh, "dtype": result}
+            out, _ = batch_norm(params, state, given[0], train, **options)
+            assert out.dtype == (result or x_dtype)
+            assert_close(out, np.tanh(normalized + exact), scale=5)
+
+
 def test_under_vmap_each_lane_has_statistics_of_its_own(rng):
     x = rng.normal(size=(3, 8, 2)).astype(np.float32)
     params, state = jbn.init(2)

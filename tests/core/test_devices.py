@@ -1,12 +1,16 @@
 """Statistics shared over devices and lanes equal those of the whole batch on one device."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
 from support import reference
 from support.refusals import Refused, assert_refused, partly
 from support.tolerances import assert_close
-from support.transforms import TRANSFORMS
+from support.transforms import TRANSFORMS, devices_of
 from support.whole_batch import EIGHT, EVEN, assert_each_batch_is_whole, built, each, make_batch, members
 
 import jbn
@@ -52,6 +56,40 @@ def test_ghost_batches_share_the_running_statistics_alone(rng, case):
     mean, var = reference.update(0, 1, reference.batch_norm(x), 0.5)
     assert_close(result.new_state.mean[0], mean)
     assert_close(result.new_state.var[0], var)
+
+
+def join(params, x, shortcut, cotangent, *, activation, axis_name):
+    """Output, and gradients in params, x and the shortcut."""
+
+    def norm(params, x, shortcut):
+        options = {"activation": activation, "shortcut": shortcut, "axis_name": axis_name}
+        return jbn.batch_norm(params, jbn.init(3)[1], x, True, **options)[0]
+
+    out, backward = jax.vjp(norm, params, x, shortcut)
+    return out, backward(cotangent)
+
+
+@pytest.mark.devices(8)
+@pytest.mark.parametrize("activation", [jax.nn.relu, jnp.tanh])
+def test_the_join_of_a_residual_block_over_devices_is_that_of_the_whole_batch(rng, activation):
+    params = jbn.Params(*rng.normal(size=(2, 3)).astype(np.float32))
+    x, shortcut, cotangent = rng.normal(size=(3, 16, 3)).astype(np.float32)
+    mesh, split = devices_of({"d": 8}), P("d")
+    mapped = jax.shard_map(
+        functools.partial(join, activation=activation, axis_name="d"),
+        mesh=mesh,
+        in_specs=(P(), split, split, split),
+        out_specs=(split, (P(), split, split)),
+    )
+    out, ((dscale, dbias), dx, dshortcut) = jax.jit(mapped)(params, x, shortcut, cotangent)
+    before = reference.batch_norm(x, *params).out + shortcut
+    passed = cotangent * ((before > 0) if activation is jax.nn.relu else 1 - np.tanh(before) ** 2)
+    expected = reference.batch_norm(x, *params, passed)
+    assert_close(out, np.maximum(before, 0) if activation is jax.nn.relu else np.tanh(before), scale=5)
+    assert_close(dshortcut, passed, scale=5)
+    assert_close(dx, expected.dx, scale=5)
+    for gradient, value in ((dscale, expected.dscale), (dbias, expected.dbias)):
+        assert_close(gradient, value, scale=np.abs(cotangent).sum())
 
 
 def batch_with_a_nan(rng, place):

@@ -63,6 +63,28 @@ def test_masked_rows_give_output_0_and_gradient_0_whatever_they_hold(debug_nans,
         assert np.all(np.asarray(array[mask]) != 0)
 
 
+@pytest.mark.parametrize("activation", [None, jax.nn.relu, jax.nn.silu])
+def test_masked_values_of_a_shortcut_do_nothing_whatever_they_hold(debug_nans, rng, activation):
+    """Masks are by feature; the gradients of what is not masked are those of the formula in `test_derivatives.py`."""
+    (params, state), mask = jbn.init(3), rng.random((8, 3)) < 0.6
+    x, shortcut, cotangent = rng.normal(size=(3, 8, 3)).astype(np.float32)
+
+    @jax.jit
+    def passes(shortcut):
+        options = {"mask": mask, "activation": activation}
+        out, backward = jax.vjp(
+            lambda *given: jbn.batch_norm(params, state, given[0], True, shortcut=given[1], **options)[0], x, shortcut
+        )
+        inferred = jbn.normalize(params, state, x, shortcut=shortcut, **options)
+        return out, inferred, *backward(cotangent)
+
+    expected = passes(np.where(mask, shortcut, np.float32(0)))
+    for poison in POISONS:
+        assert_same(passes(np.where(mask, shortcut, np.float32(poison))), expected)
+    for array in expected:
+        assert not np.asarray(array)[~mask].any()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_masked_nan_stays_out_of_eager_gradients(dtype):
     params, state = jbn.init(3)

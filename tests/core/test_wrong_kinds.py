@@ -60,9 +60,9 @@ def nnx(**given):
 
 NORM = {"params": PARAMS, "state": STATE, "x": X}
 TRAINING = {**NORM, "train": True}
-SHARED = "params state x epsilon feature_axis mask activation"
+SHARED = "params state x epsilon feature_axis mask activation shortcut"
 SHARING = "axis_name axis_index_groups"
-MOMENTS = jbn.Moments(STATE.mean, STATE.var, np.float32(8))
+MOMENTS = jbn.Moments(STATE.mean, STATE.var, np.full(3, 8, np.float32))
 KERNEL = np.ones((4, 3), np.float32)
 CALLS = [
     # a function, what it is usually given, and the arguments that are given each of the kinds in turn
@@ -78,8 +78,8 @@ CALLS = [
     (jbn.momentum.debiased, {}, "momentum"),
     (jbn.momentum.from_torch, {}, "momentum"),
     (jbn.momentum.per_microbatch, {"momentum": 0.9}, "microbatches"),
-    (linen, {}, "x mask"),
-    (nnx, {}, "x mask use_running_average"),
+    (linen, {}, "x mask shortcut"),
+    (nnx, {}, "x mask shortcut use_running_average"),
     (with_field("params", PARAMS), {}, " ".join(PARAMS._fields)),
     (with_field("state", STATE), {}, " ".join(STATE._fields)),
 ]

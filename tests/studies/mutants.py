@@ -26,23 +26,20 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 WINGS = {
     "core": {
-        "_moments": "core/test_moments core/test_merge statistics/test_merge_states core/test_state",
-        "_shifted_moments": "core/test_moments core/test_merge core/test_masks core/test_exactness core/test_devices",
-        "_shift": "core/test_inner_shift_row core/test_moments core/test_exactness core/test_compiled_programs",
-        "_standardize": "core/test_exactness core/test_derivatives core/test_batch_renorm core/test_inner_activation",
-        "_forward": "core/test_batch_norm core/test_ghost_batches core/test_batch_renorm core/test_bad_input",
-        "_batch_norm": "core/test_batch_norm core/test_bad_input core/test_devices",
-        "_state": "core/test_state core/test_batch_norm core/test_bad_input",
-        "_collectives": "core/test_devices core/test_inner_collectives core/test_lanes core/test_what_is_sent",
+        "_core/moments": "core/test_inner_moments core/test_moments core/test_merge core/test_masks",
+        "_core/standardize": "core/test_exactness core/test_derivatives core/test_batch_renorm core/test_inner_for_xla",
+        "_core/batch_norm": "core/test_batch_norm core/test_ghost_batches core/test_bad_input core/test_devices",
+        "_core/state": "core/test_state core/test_batch_norm core/test_bad_input",
+        "_core/sharing": "core/test_devices core/test_inner_sharing core/test_lanes core/test_what_is_sent",
         "momentum": "core/test_momentum core/test_state",
     },
     "statistics": {
         "momentum": "core/test_momentum core/test_state",
         "renorm": "core/test_renorm_schedules core/test_batch_renorm",
-        "_batch_renorm": "core/test_batch_renorm core/test_renorm_schedules",
-        "_calibrate": "statistics/test_calibrate statistics/test_calibrate_faults",
-        "_calibration_faults": "statistics/test_calibrate_faults statistics/test_calibrate",
-        "_merge_states": "statistics/test_merge_states statistics/test_properties_of_statistics",
+        "_core/batch_renorm": "core/test_batch_renorm core/test_renorm_schedules",
+        "_statistics/calibrate": "statistics/test_calibrate statistics/test_calibrate_faults",
+        "_statistics/faults": "statistics/test_calibrate_faults statistics/test_calibrate",
+        "_statistics/merge_states": "statistics/test_merge_states statistics/test_properties_of_statistics",
         "_fold": "interop/test_fold core/test_exactness statistics/test_properties_of_statistics",
         "convert/_names": "interop/test_convert_one_norm interop/test_convert_torch interop/test_convert_trees",
         "convert/_places": "interop/test_convert_trees interop/test_convert_torch interop/test_convert_keras",
@@ -62,10 +59,6 @@ WINGS = {
 """The modules to plant faults in, and the tests that are likely to find them soonest; the rest of the wing's follow."""
 FOLDERS = {"core": ["core", "statistics"], "statistics": ["statistics", "interop", "core"]}
 EQUIVALENT = {
-    "185309c20f33bd25": "zeros or ones of float0, which has no values",
-    "1b1483d577e0623f": "a center with one bit less, about which the sums are as exact",
-    "23e968a06b6ebd2c": "another center, no further from the mean than the shift row is",
-    "3a8ec49e789b043a": "a choice by a count that is above 0 where there is no mask",
     "0ea6347c11b5841f": "jax.numpy.array copies NumPy's memory, asked to or not",
 }
 """Survivors of seed 0 that change no result, or by rounding only, by their keys, and why."""
