@@ -1,4 +1,4 @@
-"""What is measured: shapes, dtypes, and which programs of them."""
+"""What is measured of programs compiled apart: shapes, dtypes, and which programs of them."""
 
 from typing import Any, NamedTuple
 
@@ -54,19 +54,6 @@ class Chain(NamedTuple):
         return self.rows * self.width * jnp.dtype(self.dtype).itemsize
 
 
-class Network(NamedTuple):
-    """A training step of ResNet-50 on images of 224 x 224."""
-
-    name: str
-    batch: int
-    dtype: str
-
-    @property
-    def label(self) -> str:
-        """How the report calls it."""
-        return f"{self.name} batch {self.batch} {self.dtype}"
-
-
 STAGES = ((56, 64), (56, 256), (28, 128), (14, 1024), (7, 2048))
 DTYPES = ("float32", "bfloat16")
 
@@ -82,7 +69,7 @@ def all_cases(on_cpu: bool) -> list[Any]:
         found.append(Case("dense", (4096, 1024), dtype))
         found.append(Case("masked sequence", (64, 512, 256), dtype, masked=True, modes=MODES[1:]))
         found += [Chain(name, 4096, 512, 8, name == "scanned", dtype) for name in ("unrolled", "scanned")]
-    return [*found, *(Network("resnet50", 4 if on_cpu else 128, dtype) for dtype in DTYPES[::-1])]
+    return found
 
 
 def quick_cases() -> list[Any]:

@@ -8,7 +8,8 @@ FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "copy-
 """Operations that move nothing."""
 ROWS = {"slice", "dynamic-slice", "gather"}
 """Operations that read a part of their first argument, no larger than what they write."""
-DTYPES = {"pred": 1, "s32": 4, "u32": 4, "s64": 8, "u64": 8, "u8": 1, "s8": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8}
+DTYPES = {"pred": 1, "s32": 4, "u32": 4, "s64": 8, "u64": 8, "bf16": 2, "f16": 2, "f32": 4, "f64": 8}
+"""Sizes. Arrays of bytes are left out: they are workspaces of convolutions, of the size of what is free."""
 COMPUTATION = re.compile(r"^(ENTRY )?%([\w.\-]+) .*?\{$(.*?)^\}", re.MULTILINE | re.DOTALL)
 INSTRUCTION = re.compile(r"\s+(?:ROOT )?%([\w.\-]+) = (\(.*?\)(?= [\w\-]+\()|\S+) ([\w\-]+)\((.*)")
 ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
@@ -21,6 +22,8 @@ class Counts(NamedTuple):
     """reads and writes of large arrays at the boundaries of kernels, in units of one array"""
     kernels: int
     temporary_bytes: int
+    moved_bytes: int
+    """reads and writes of all arrays"""
 
 
 class Instruction(NamedTuple):
@@ -37,7 +40,7 @@ class Instruction(NamedTuple):
 def count(compiled: Any, bytes_of_one: int) -> Counts:
     """The counts, where arrays of at least half of `bytes_of_one` are large. The body of a loop counts as not run."""
     computations = _computations(compiled.as_text())
-    moved = kernels = 0
+    kernels, moved = 0, []
     shapes: dict[str, str] = {}
     for instruction in computations[""]:
         shapes[instruction.name] = instruction.shape
@@ -50,8 +53,9 @@ def count(compiled: Any, bytes_of_one: int) -> Counts:
             for place, name in enumerate(instruction.arguments)
             if instruction.operation not in ROWS and not _reads_rows_only(inner, place)
         ]
-        moved += sum(size for shape in (instruction.shape, *read) for size in _sizes(shape) if size >= bytes_of_one / 2)
-    return Counts(moved / bytes_of_one, kernels, compiled.memory_analysis().temp_size_in_bytes)
+        moved += [size for shape in (instruction.shape, *read) for size in _sizes(shape)]
+    passes = sum(size for size in moved if size >= bytes_of_one / 2) / bytes_of_one
+    return Counts(passes, kernels, compiled.memory_analysis().temp_size_in_bytes, sum(moved))
 
 
 def _computations(text: str) -> dict[str, list[Instruction]]:

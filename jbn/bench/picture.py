@@ -1,35 +1,69 @@
 """The ratios as a picture."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jbn.bench.report import rival
 from jbn.bench.run import Record
+from jbn.bench.step_report import first_ratio
+from jbn.bench.timing import Spread
+
+LOOKS = list(zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"), "osD^vPX", strict=True))
+"""The colours of Okabe and Ito, which the colour-blind tell apart, each with a marker."""
+TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
+FINE_TICKS = (0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.4, 1.6, 2)
 
 
 def draw(records: Sequence[Record], peers: Sequence[str], title: str) -> Any:
     """A figure: a line for each measurement, a dot for each peer at its time over jbn's, with the quartiles."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 1.6 + 0.28 * len(records)), layout="constrained")
-    ax = figure.subplots()
-    for place, peer in enumerate(peers):
-        found = [(line, ratio) for line, record in enumerate(records) if (ratio := rival(record, peer))]
-        if found:
-            lines, spreads = zip(*found, strict=True)
-            medians = [ratio.median for ratio in spreads]
-            bars = [[r.median - r.low for r in spreads], [r.high - r.median for r in spreads]]
-            ax.errorbar(medians, lines, xerr=bars, fmt="o", color=f"C{place}", label=peer, markersize=5, elinewidth=1)
-    ax.axvline(1, color="0.3", linewidth=1)
-    ax.set_xscale("log")
-    low, high = ax.get_xlim()
-    ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if low <= tick <= high]
-    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    ax.set_xticks([], minor=True)
-    ax.set_yticks(range(len(records)), [f"{record.case}, {record.mode}" for record in records])
-    ax.set_ylim(len(records) - 0.5, -0.5)
-    ax.grid(axis="x", color="0.9")
+    figure, (ax,) = _figure(records, 1)
+    found = [{peer: ratio for peer in peers if (ratio := rival(record, peer))} for record in records]
+    _dots(ax, found, peers)
     explained = "time over jbn's, with quartiles: to the right of 1, jbn is faster\nwrong numbers are left out"
     ax.set(xlabel=explained, title=title)
     figure.legend(loc="outside lower center", ncols=5)
     return figure
+
+
+def draw_steps(records: Sequence[Record], title: str) -> Any:
+    """A figure: a line for each network, a dot for each norm at its time over Flax Linen's; and of the first step."""
+    figure, (later, first) = _figure(records, 2)
+    names = list(dict.fromkeys(name for record in records for name in record.seconds if name != "linen"))
+    found = [{name: ratio for name in names if (ratio := rival(record, name, "linen"))} for record in records]
+    _dots(later, found, names)
+    once = [{name: ratio for name in names if (ratio := first_ratio(record, name))} for record in records]
+    _dots(first, [{name: Spread(ratio, ratio, ratio) for name, ratio in line.items()} for line in once], names)
+    later.set(xlabel="median time of a step over Flax Linen's (ratio),\nwith quartiles: left of 1 is faster")
+    first.set(xlabel="least seconds to trace, lower and compile\nover Flax Linen's (ratio)")
+    figure.suptitle(title)
+    figure.legend(*later.get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    return figure
+
+
+def _figure(records: Sequence[Record], panels: int) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5 + 4 * panels, 1.6 + 0.28 * len(records)), layout="constrained")
+    axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
+    axes[0].set_yticks(range(len(records)), [f"{record.case}, {record.mode}" for record in records])
+    axes[0].set(ylim=(len(records) - 0.5, -0.5), ylabel="what was measured")
+    return figure, axes
+
+
+def _dots(ax: Any, found: Sequence[Mapping[str, Spread]], names: Sequence[str]) -> None:
+    """Of each line what was found for each name, a little below the one before it, in its own colour and shape."""
+    for place, name in enumerate(names):
+        if lines := [line for line, ratios in enumerate(found) if name in ratios]:
+            spreads = [found[line][name] for line in lines]
+            medians = [ratio.median for ratio in spreads]
+            bars = [[r.median - r.low for r in spreads], [r.high - r.median for r in spreads]]
+            color, marker = LOOKS[place % len(LOOKS)]
+            below = [line + 0.5 * (place + 0.5) / len(names) - 0.25 for line in lines]
+            ax.errorbar(medians, below, xerr=bars, fmt=marker, color=color, label=name, markersize=5, elinewidth=1)
+    ax.axvline(1, color="0.3", linewidth=1)
+    ax.set_xscale("log")
+    low, high = ax.get_xlim()
+    ticks = [tick for tick in (TICKS if high > 4 * low else FINE_TICKS) if low <= tick <= high]
+    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.set_xticks([], minor=True)
+    ax.grid(axis="x", color="0.9")

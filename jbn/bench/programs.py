@@ -1,6 +1,5 @@
 """The compiled programs of a case, each with the arguments that it is run on in turn."""
 
-import functools
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,8 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import jaxpr_as_fun
 
-from jbn.bench import resnet50
-from jbn.bench.cases import Case, Chain, Network
+from jbn.bench.cases import Case, Chain
 from jbn.bench.data import Batch
 from jbn.bench.layers import Layer
 
@@ -50,10 +48,10 @@ def layer_program(layer: Layer, case: Case, mode: str, given: list[Batch]) -> Pr
             function = _what_is_made(forward, given[0], state)
             residuals = _bytes(jax.eval_shape(forward, given[0], state)[1])
         compiled = jax.jit(function).lower(given[0], state).compile()
-        return _program(compiled, [(batch, state) for batch in given], residuals)
+        return on_buffers(compiled, [(batch, state) for batch in given], residuals)
     first = jax.jit(forward)
     pairs = [(first(batch, state)[1], batch.cotangent) for batch in given]
-    return _program(jax.jit(lambda pullback, cotangent: pullback(cotangent)).lower(*pairs[0]).compile(), pairs)
+    return on_buffers(jax.jit(lambda pullback, cotangent: pullback(cotangent)).lower(*pairs[0]).compile(), pairs)
 
 
 def _what_is_made(function: Callable[..., Any], *arguments: Any) -> Callable[..., list[jax.Array]]:
@@ -71,7 +69,7 @@ def _what_is_made(function: Callable[..., Any], *arguments: Any) -> Callable[...
 def copy_program(case: Case) -> Program:
     """One read and one write of as many bytes as x has: what the memory of this machine gives."""
     arrays = [jnp.full(case.size // 4, seed, jnp.float32) for seed in range(2)]
-    return _program(jax.jit(jnp.negative).lower(arrays[0]).compile(), [(array,) for array in arrays])
+    return on_buffers(jax.jit(jnp.negative).lower(arrays[0]).compile(), [(array,) for array in arrays])
 
 
 def chain_program(layer: Layer, chain: Chain) -> Program:
@@ -95,33 +93,11 @@ def chain_program(layer: Layer, chain: Chain) -> Program:
 
     gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
     compiled = gradient.lower(weights, inputs[0], states).compile()
-    return _program(compiled, [(weights, x, states) for x in inputs])
+    return on_buffers(compiled, [(weights, x, states) for x in inputs])
 
 
-def network_program(layer: Layer, network: Network, policy: Any = None) -> Program:
-    """A training step of ResNet-50 by gradient descent; with a policy, under jax.checkpoint."""
-    norm = resnet50.Norm(
-        lambda features: ((jnp.ones(features), jnp.zeros(features)), layer.state(features)),
-        lambda params, state, x, activation: layer.train(*params, state, x, None, activation),
-    )
-    params, state = jax.jit(functools.partial(resnet50.init, norm=norm))(jax.random.key(0))
-    remat = (lambda f: f) if policy is None else functools.partial(jax.checkpoint, policy=policy)
-
-    def loss(params: Any, state: Any, images: Any, labels: Any) -> Any:
-        logits, new_state = resnet50.apply(norm, params, state, images.astype(network.dtype), remat=remat)
-        return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1)), new_state
-
-    def step(params: Any, state: Any, images: Any, labels: Any) -> Any:
-        (value, new_state), gradient = jax.value_and_grad(loss, has_aux=True)(params, state, images, labels)
-        return jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient), new_state, value
-
-    images = [jax.random.normal(jax.random.key(seed), (network.batch, 224, 224, 3)) for seed in range(2)]
-    labels = jnp.arange(network.batch) % 1000
-    compiled = jax.jit(step).lower(params, state, images[0], labels).compile()
-    return _program(compiled, [(params, state, of_one, labels) for of_one in images])
-
-
-def _program(compiled: Any, arguments: list[Any], residuals: int | None = None) -> Program:
+def on_buffers(compiled: Any, arguments: list[Any], residuals: int | None = None) -> Program:
+    """A compiled program, run on the arguments in turn."""
     return Program(
         lambda number: arguments[number % len(arguments)],
         lambda given: compiled(*given),

@@ -11,10 +11,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from jbn.bench.run import FAR_MEAN, Record
+from jbn.bench.layers import Layer
+from jbn.bench.run import FAR_MEAN, Record, far_errors
 from jbn.bench.timing import Spread, ratios, spread
 from jbn.diagnostics import Table
 
+BASE = "jbn"
+"""Over whose times the others stand."""
 PACKAGES = ("jbn", "jax", "jaxlib", "flax", "dm-haiku", "equinox", "keras", "torch")
 
 LEGEND = """ms: median time of jbn. memory: the share of this machine's copy bandwidth that jbn reaches, counting the
@@ -57,6 +60,14 @@ def _device() -> str:
     return models[0] if models else platform.processor() or platform.machine()
 
 
+def lines(records: Sequence[Record], layers: Mapping[str, Layer | None]) -> list[str]:
+    """The tables, their words and the summary."""
+    peers = [name for name in layers if name != "jbn"]
+    found, beside = times(records, peers), counts(records, [name for name in ("jbn", "linen") if name in layers])
+    tables = [found.text(len(found.rows)), LEGEND, beside.text(len(beside.rows)), COUNTED]
+    return [*(line for table in tables for line in (table, "")), *summary(records, peers, *far_errors(layers))]
+
+
 def times(records: Sequence[Record], peers: Sequence[str]) -> Table:
     """A line for each case and mode."""
     rows = []
@@ -89,7 +100,7 @@ def summary(records: Sequence[Record], peers: Sequence[str], far: Mapping[str, f
     for peer in peers:
         of_peer = [ratio for record in records if (ratio := rival(record, peer))]
         if of_peer:
-            mean = math.exp(np.mean([math.log(ratio.median) for ratio in of_peer]))
+            mean = geometric_mean([ratio.median for ratio in of_peer])
             lines.append(
                 f"{peer}: {mean:.2f} times jbn's time, geometric mean of {len(of_peer)} measurements without !"
             )
@@ -106,14 +117,19 @@ def summary(records: Sequence[Record], peers: Sequence[str], far: Mapping[str, f
     return lines
 
 
-def rival(record: Record, peer: str) -> Spread | None:
-    """Its time over jbn's; None where it did not run or computes something else."""
-    if peer not in record.seconds or peer == "jbn" or _is_wrong(record, peer):
+def rival(record: Record, peer: str, base: str = "jbn") -> Spread | None:
+    """Its time over that of the base; None where either did not run or the peer computes something else."""
+    if not {peer, base} <= record.seconds.keys() or peer == base or _is_wrong(record, peer):
         return None
-    return ratios(record.seconds[peer], record.seconds["jbn"])
+    return ratios(record.seconds[peer], record.seconds[base])
 
 
-def data(records: Sequence[Record]) -> list[dict[str, Any]]:
+def geometric_mean(found: Sequence[float]) -> float:
+    """Of ratios."""
+    return float(np.exp(np.mean(np.log(found))))
+
+
+def data(records: Sequence[Record], base: str = "jbn") -> list[dict[str, Any]]:
     """The records in plain values, with every sample."""
     return [
         {
@@ -122,7 +138,9 @@ def data(records: Sequence[Record]) -> list[dict[str, Any]]:
             # JSON has no infinity.
             "errors": {peer: error if math.isfinite(error) else None for peer, error in record.errors.items()},
             "ratios": {
-                peer: ratios(seconds, record.seconds["jbn"])._asdict() for peer, seconds in record.seconds.items()
+                peer: ratios(seconds, record.seconds[base])._asdict()
+                for peer, seconds in record.seconds.items()
+                if base in record.seconds
             },
         }
         for record in records

@@ -1,14 +1,13 @@
-"""All programs of the cases, measured: a record for each case and mode."""
+"""All programs of the cases compiled apart, measured: a record for each case and mode."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-import jbn
 from jbn.bench import data, numbers, programs, torch_programs
-from jbn.bench.cases import LEAST_PASSES, Case, Chain, Network
+from jbn.bench.cases import LEAST_PASSES, Case, Chain, all_cases, quick_cases
 from jbn.bench.counts import Counts, count
 from jbn.bench.data import Batch
 from jbn.bench.layers import LAYERS, Layer
@@ -18,10 +17,11 @@ from jbn.bench.timing import measure
 TORCH = {"torch-last": True, "torch-first": False}
 """Whether channels are last in memory."""
 PEERS = (*LAYERS, *TORCH)
-IN_NETWORKS = ("jbn", "linen", "linen-2pass", "nnx")
-"""Whose ResNet-50 is compiled, which takes minutes for each on a CPU."""
 FAR = Case("far", (8192, 64))
 FAR_MEAN = 1e4
+
+
+__all__ = ["PEERS", "Record", "all_cases", "far_errors", "importable", "quick_cases", "run", "work"]
 
 
 class Record(NamedTuple):
@@ -39,6 +39,8 @@ class Record(NamedTuple):
     """bytes of x"""
     least_passes: int | None = None
     copy_seconds: list[float] | None = None
+    first: dict[str, list[tuple[float, ...]]] | None = None
+    """seconds to trace, to lower and to compile a training step, each time that this was done"""
 
 
 def importable(names: Sequence[str]) -> tuple[dict[str, Layer | None], dict[str, str]]:
@@ -56,19 +58,25 @@ def importable(names: Sequence[str]) -> tuple[dict[str, Layer | None], dict[str,
 
 
 def work(cases: Sequence[Any]) -> int:
-    """The number of records that the cases come to."""
+    """How often `run` ticks."""
     return sum(len(case.modes) if isinstance(case, Case) else 1 for case in cases)
 
 
-def run(cases: Sequence[Any], layers: Mapping[str, Layer | None], rounds: int) -> Iterator[Record]:
-    """The records, one by one."""
+def run(
+    cases: Sequence[Any],
+    layers: Mapping[str, Layer | None],
+    rounds: int,
+    tick: Callable[[str], Any] = lambda what: None,
+) -> Iterator[Record]:
+    """The records, one by one; what has been done is told to `tick`."""
     for case in cases:
         if isinstance(case, Case):
-            yield from _run_case(case, layers, rounds)
-        elif isinstance(case, Chain):
-            yield _record(case.label, "forward+backward", _chains(case, layers), rounds, case.size)
+            found = _run_case(case, layers, rounds)
         else:
-            yield _record(case.label, "training step", _networks(case, layers), rounds, None)
+            found = iter([_record(case.label, "forward+backward", _chains(case, layers), rounds, case.size)])
+        for record in found:
+            tick(f"{record.case}, {record.mode}")
+            yield record
 
 
 def far_errors(layers: Mapping[str, Layer | None]) -> tuple[dict[str, float], float]:
@@ -102,10 +110,10 @@ def _run_case(case: Case, layers: Mapping[str, Layer | None], rounds: int) -> It
         )
 
 
-def _record(label: str, mode: str, found: Mapping[str, Program], rounds: int, size: int | None) -> Record:
+def _record(label: str, mode: str, found: Mapping[str, Program], rounds: int, size: int) -> Record:
     seconds = measure(found, rounds)
     compiled = {name: program.compiled for name, program in found.items() if program.compiled is not None}
-    counts = {name: count(program, size or 2**20) for name, program in compiled.items()}
+    counts = {name: count(program, size) for name, program in compiled.items()}
     residuals = {name: program.residual_bytes for name, program in found.items() if program.residual_bytes is not None}
     return Record(label, mode, seconds, counts, residuals, {}, size=size)
 
@@ -114,16 +122,6 @@ def _chains(chain: Chain, layers: Mapping[str, Layer | None]) -> dict[str, Progr
     found = {name: programs.chain_program(layer, chain) for name, layer in layers.items() if layer}
     if "torch-last" in layers and not chain.scan:
         found["torch-last"] = torch_programs.chain_program(chain)
-    return found
-
-
-def _networks(network: Network, layers: Mapping[str, Layer | None]) -> dict[str, Program]:
-    found = {}
-    for name in IN_NETWORKS:
-        if layer := layers.get(name):
-            found[name] = programs.network_program(layer, network)
-            if name == "jbn":
-                found["jbn-remat"] = programs.network_program(layer, network, jbn.checkpoint_policy)
     return found
 
 

@@ -15,17 +15,17 @@ def layer_program(case: Case, mode: str, given: list[Batch], channels_last: bool
     """A mode of a case; a masked case has no counterpart."""
     import torch
 
-    norm = _norm(case.shape[-1], len(case.shape)).train(mode != "inference")
-    norm.weight.data, norm.bias.data = (_tensor(array) for array in given[0][3:])
-    held = [[_placed(array, channels_last) for array in batch[:2]] for batch in given]
+    layer = norm(case.shape[-1], len(case.shape)).train(mode != "inference")
+    layer.weight.data, layer.bias.data = (_tensor(array) for array in given[0][3:])
+    held = [[placed(array, channels_last) for array in batch[:2]] for batch in given]
 
     def forward(number: int) -> Any:
         x = held[number % len(held)][0].requires_grad_(mode != "inference")
-        out = norm(x)
+        out = layer(x)
         return x, torch.relu(out) if case.relu else out
 
     def gradient(x: Any, out: Any, number: int) -> Any:
-        return torch.autograd.grad(out, [norm.weight, norm.bias, x], held[number % len(held)][1])
+        return torch.autograd.grad(out, [layer.weight, layer.bias, x], held[number % len(held)][1])
 
     def inferred(number: int) -> Any:
         with torch.no_grad():
@@ -36,9 +36,9 @@ def layer_program(case: Case, mode: str, given: list[Batch], channels_last: bool
         return out, None, gradient(x, out, number)
 
     if mode == "backward":
-        return Program(lambda number: (*forward(number), number), lambda given: gradient(*given), _wait)
+        return Program(lambda number: (*forward(number), number), lambda given: gradient(*given), wait)
     run = {"inference": inferred, "forward": forward, "forward+backward": both}[mode]
-    return Program(lambda number: number, run, _wait)
+    return Program(lambda number: number, run, wait)
 
 
 def chain_program(chain: Chain) -> Program:
@@ -48,17 +48,17 @@ def chain_program(chain: Chain) -> Program:
     dtype = getattr(torch, chain.dtype)
     made = torch.Generator().manual_seed(0)
     weights = torch.randn(chain.layers, chain.width, chain.width, generator=made) / chain.width**0.5
-    weights = weights.to(_device(), dtype).requires_grad_()
-    inputs = [torch.randn(chain.rows, chain.width, generator=made).to(_device(), dtype) for _ in range(2)]
-    norms = [_norm(chain.width, 2) for _ in range(chain.layers)]
+    weights = weights.to(device(), dtype).requires_grad_()
+    inputs = [torch.randn(chain.rows, chain.width, generator=made).to(device(), dtype) for _ in range(2)]
+    norms = [norm(chain.width, 2) for _ in range(chain.layers)]
 
     def run(number: int) -> Any:
         x = inputs[number % len(inputs)]
-        for weight, norm in zip(weights, norms, strict=True):
-            x = torch.relu(norm(x @ weight))
+        for weight, layer in zip(weights, norms, strict=True):
+            x = torch.relu(layer(x @ weight))
         return torch.autograd.grad(x.float().square().mean(), weights)
 
-    return Program(lambda number: number, run, _wait)
+    return Program(lambda number: number, run, wait)
 
 
 def in_numpy(result: Any) -> Any:
@@ -76,17 +76,19 @@ def description() -> str:
     """Where PyTorch runs."""
     import torch
 
-    return f"torch {torch.__version__} on {_device().type}, {torch.get_num_threads()} threads"
+    return f"torch {torch.__version__} on {device().type}, {torch.get_num_threads()} threads"
 
 
-def _norm(features: int, rank: int) -> Any:
+def norm(features: int, rank: int) -> Any:
+    """PyTorch's batch norm for input of this rank."""
     import torch
 
     kinds = {2: torch.nn.BatchNorm1d, 3: torch.nn.BatchNorm1d, 4: torch.nn.BatchNorm2d}
-    return kinds[rank](features, EPSILON, 1 - MOMENTUM, device=_device())
+    return kinds[rank](features, EPSILON, 1 - MOMENTUM, device=device())
 
 
-def _device() -> Any:
+def device() -> Any:
+    """A GPU where JAX uses one too."""
     import torch
 
     on_gpu = jax.default_backend() == "gpu" and torch.cuda.is_available()
@@ -97,10 +99,10 @@ def _tensor(array: np.ndarray) -> Any:
     """A tensor of the array's dtype; NumPy's bfloat16 goes by float32, which holds it exactly."""
     import torch
 
-    return torch.tensor(array.astype(np.float32)).to(_device(), getattr(torch, array.dtype.name))
+    return torch.tensor(array.astype(np.float32)).to(device(), getattr(torch, array.dtype.name))
 
 
-def _placed(array: np.ndarray, channels_last: bool) -> Any:
+def placed(array: np.ndarray, channels_last: bool) -> Any:
     """As PyTorch orders axes, channels second, and laid out in memory as asked."""
     import torch
 
@@ -110,8 +112,9 @@ def _placed(array: np.ndarray, channels_last: bool) -> Any:
     return tensor if channels_last else tensor.contiguous()
 
 
-def _wait(result: Any) -> None:
-    if _device().type == "cuda":
+def wait(result: Any) -> None:
+    """Until a GPU has done all that it was given."""
+    if device().type == "cuda":
         import torch
 
         torch.cuda.synchronize()

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jbn.bench import counts, data, numbers, programs, run, timing
-from jbn.bench.cases import Case, Network, all_cases, quick_cases
+from jbn.bench import counts, data, numbers, programs, run, steps, timing
+from jbn.bench.cases import Case, all_cases, quick_cases
 from jbn.bench.layers import LAYERS, linen_layer
 
 SMALL = Case("small", (16, 8, 4))
@@ -17,7 +17,7 @@ SMALL = Case("small", (16, 8, 4))
 
 def test_a_copy_is_two_passes_and_one_kernel():
     found = counts.count(programs.copy_program(SMALL).compiled, SMALL.size)
-    assert (found.passes, found.kernels, found.temporary_bytes) == (2.0, 1, 0)
+    assert found == (2.0, 1, 0, 2 * SMALL.size)
 
 
 def test_rows_that_are_read_count_as_what_they_are():
@@ -44,7 +44,7 @@ ENTRY %main (p: f32[8,128]) -> (f32[8,128], f32[8,128]) {
 
         temp_size_in_bytes = 12
 
-    assert counts.count(Compiled(), 4096) == (2.0, 1, 12)
+    assert counts.count(Compiled(), 4096) == (2.0, 1, 12, 2 * 4096)
 
 
 @pytest.mark.parametrize(
@@ -94,4 +94,5 @@ def test_times_are_taken_in_turn():
 def test_cases_fit_on_this_machine_and_quick_ones_are_few():
     assert run.work(quick_cases()) <= 10
     assert max(case.size for case in all_cases(on_cpu=True) if isinstance(case, Case)) < 2**28
-    assert sum(isinstance(case, Network) for case in all_cases(on_cpu=False)) == 2
+    assert steps.work(steps.quick_cases()) < steps.work(steps.all_cases(on_cpu=True))
+    assert [case.dtype for case in steps.all_cases(on_cpu=False) if case.name == "resnet50"] == ["float32", "bfloat16"]

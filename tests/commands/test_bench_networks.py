@@ -1,4 +1,4 @@
-"""The chains of layers and the ResNet-50 that `jbn bench` measures."""
+"""The networks and the chains of layers that `jbn bench` measures."""
 
 import functools
 
@@ -9,17 +9,13 @@ import pytest
 from support.compilation import compiled
 from support.tolerances import assert_close
 
-import jbn
-from jbn.bench import programs, report, resnet50, run, torch_programs
-from jbn.bench.cases import Case, Chain, Network
+from jbn.bench import networks, programs, report, run, steps, torch_programs
+from jbn.bench.cases import Case, Chain
 from jbn.bench.layers import LAYERS
 
 JBN = LAYERS["jbn"]()
 CHAINS = [Chain(name, 32, 8, 2, name == "scanned", "float32") for name in ("unrolled", "scanned")]
 chain_program = functools.cache(programs.chain_program)
-NORM = resnet50.Norm(
-    jbn.init, lambda params, state, x, activation: jbn.batch_norm(params, state, x, True, activation=activation)
-)
 
 
 def test_chains_are_measured_where_a_library_has_them(monkeypatch):
@@ -68,49 +64,35 @@ def test_gradients_of_pytorchs_chain_do_not_scale_its_weights(monkeypatch):
     assert_orthogonal(gradient, weights)
 
 
+@pytest.mark.standard_promotion
 def test_the_network_is_resnet_50():
-    """PyTorch's has 25,557,032 parameters too, of which 1000 are the bias of its last layer."""
-    params, state = jax.eval_shape(functools.partial(resnet50.init, norm=NORM), jax.random.key(0))
-    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 25_557_032 - 1000
+    """PyTorch's has 25,557,032 parameters too."""
     images = jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.bfloat16)
-    logits, new_state = jax.eval_shape(functools.partial(resnet50.apply, NORM), params, state, images)
-    assert (logits.shape, logits.dtype) == ((2, 1000), jnp.float32)
-    assert new_state == state
-
-
-@pytest.fixture
-def small_network(monkeypatch):
-    """A stem and a few blocks, compiled without LLVM's optimization, which would take longer than it saves."""
-
-    def of_blocks(number):
-        monkeypatch.setattr(resnet50, "STAGES", ((4, number),))
-        monkeypatch.setattr(resnet50, "HALVES", (("stem",), ("stage0",)))
-        monkeypatch.setattr(jax, "jit", compiled)
-
-    return of_blocks
-
-
-def test_a_scan_over_blocks_changes_nothing(small_network):
-    small_network(3)
-    params, state = jax.jit(functools.partial(resnet50.init, norm=NORM, classes=10))(jax.random.key(0))
-    images = jax.random.normal(jax.random.key(1), (4, 32, 32, 3))
-    unrolled, scanned = (
-        jax.jit(functools.partial(resnet50.apply, NORM, scan=scan))(params, state, images) for scan in (False, True)
+    of_flax, of_jbn, _ = (
+        jax.eval_shape(networks.ResNet(norm).init, jax.random.key(0), images) for norm in networks.NORMS.values()
     )
-    assert scanned[0].shape == (4, 10)
-    for actual, expected in zip(jax.tree.leaves(scanned), jax.tree.leaves(unrolled), strict=True):
-        assert_close(actual, expected)
+    assert sum(leaf.size for leaf in jax.tree.leaves(of_flax["params"])) == 25_557_032
+    assert of_jbn == of_flax
 
 
+SMALL = {
+    "resnet": steps.Step("resnet", functools.partial(networks.ResNet, blocks=(2,)), (4, 16, 16, 3), "float32"),
+    "masked": steps.Step("masked", functools.partial(networks.Sequences, width=8), (8, 6, 4), "float32"),
+}
+
+
+@pytest.mark.parametrize("step", SMALL.values(), ids=SMALL)
 @pytest.mark.slow
-def test_a_step_of_the_network_learns_and_is_the_same_under_the_policy(small_network):
-    small_network(2)
-    found = run._networks(Network("resnet50", 1, "float32"), dict.fromkeys(("jbn", "keras"), JBN))
-    assert found.keys() == {"jbn", "jbn-remat"}
-    *_, images, labels = given = found["jbn"].prepare(0)
-    plain, remat = (found[name].run(given) for name in ("jbn", "jbn-remat"))
-    for actual, expected in zip(jax.tree.leaves(remat), jax.tree.leaves(plain), strict=True):
-        assert_close(actual, expected)
-    params, state, loss = plain
-    *_, later = found["jbn"].run((params, state, images, labels))
-    assert later < loss
+@pytest.mark.standard_promotion
+def test_every_norm_takes_the_same_step_and_learns(step, monkeypatch):
+    """Compiled without LLVM's optimization, which would take longer than it saves."""
+    monkeypatch.setattr(jax, "jit", compiled)
+    monkeypatch.setattr(steps, "FIRST_STEPS", 1)
+    batch = steps._batch(step, 0)
+    _, found, held = steps.first_steps(step, list(networks.NORMS), batch, lambda what: None)
+    results = {name: program(*held, *batch) for name, program in found.items()}
+    for name in ("jbn", "jbn-inside"):
+        for actual, expected in zip(*map(jax.tree.leaves, (results[name], results["linen"])), strict=True):
+            np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-4)
+    *later, loss = results["jbn"]
+    assert found["jbn"](*later, *batch)[-1] < loss

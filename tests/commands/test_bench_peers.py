@@ -3,10 +3,12 @@
 import sys
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jbn.bench import data, numbers, run, torch_programs
+from jbn.bench import data, networks, numbers, run, torch_programs, torch_steps
 from jbn.bench.cases import MODES, Case
 from jbn.bench.layers import LAYERS
 
@@ -44,7 +46,7 @@ def test_pytorch_gets_its_channels_where_the_name_says(case):
     import torch
 
     batch = data.batch(case, np.random.default_rng(0))
-    last, first = (torch_programs._placed(batch.x, channels_last) for channels_last in (True, False))
+    last, first = (torch_programs.placed(batch.x, channels_last) for channels_last in (True, False))
     assert last.shape == first.shape == (case.shape[0], case.shape[-1], *case.shape[1:-1])
     assert last.stride(1) == 1
     assert first.is_contiguous()
@@ -59,12 +61,35 @@ def test_the_clock_waits_for_pytorch_on_a_gpu(monkeypatch):
 
     waited = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append("cuda"))
-    monkeypatch.setattr(torch_programs, "_device", lambda: torch.device("cpu"))
-    torch_programs._wait(None)
+    monkeypatch.setattr(torch_programs, "device", lambda: torch.device("cpu"))
+    torch_programs.wait(None)
     assert waited == []
-    monkeypatch.setattr(torch_programs, "_device", lambda: torch.device("cuda"))
-    torch_programs._wait(None)
+    monkeypatch.setattr(torch_programs, "device", lambda: torch.device("cuda"))
+    torch_programs.wait(None)
     assert waited == ["cuda"]
+
+
+@pytest.mark.needs("torch")
+def test_pytorchs_steps_are_those_of_the_same_networks():
+    import torch
+
+    norm = networks.NORMS["linen"]
+    small = {"mlp": (networks.MLP(norm, 8), (16, 4)), "resnet": (networks.ResNet(norm, (2,)), (2, 16, 16, 3))}
+    for name, (network, shape) in small.items():
+        x = jax.random.normal(jax.random.key(0), shape)
+        made = torch_steps.network_of(network, shape[-1])
+        of_flax = jax.eval_shape(network.init, jax.random.key(0), x)["params"]
+        sizes = sum(leaf.size for leaf in jax.tree.leaves(of_flax))
+        assert sum(leaf.numel() for leaf in made.parameters()) == sizes, name
+        for narrow in (x, x.astype(jnp.bfloat16)):
+            program = torch_steps.step_program(network, [narrow])
+            losses = [float(program.run(program.prepare(number))) for number in range(3)]
+            assert losses[-1] < losses[0], (name, losses)
+    for argnums in ((0,), (0, 1)):
+        program = torch_steps.eager_program(argnums, [jnp.ones((4, 3)).at[0].set(2)])
+        _, gradients = program.run(program.prepare(0))
+        assert [tuple(gradient.shape) for gradient in gradients] == [(3,), (3,), (4, 3)][: 1 + len(argnums)]
+        assert all(torch.isfinite(gradient).all() for gradient in gradients)
 
 
 def absent():

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import jax
 
-from jbn.bench import counts, picture, report, timing
+from jbn.bench import counts, picture, report, step_report, timing
 from jbn.bench.run import Record
 
 
@@ -47,8 +47,49 @@ def test_an_infinite_error_is_null_in_json():
     assert found[0]["errors"] == {"nnx": None}
 
 
+def whole_step(**changed):
+    first = {"linen": [(1.0, 1.0, 6.0), (1.0, 1.0, 2.0)], "jbn": [(1.0, 1.0, 3.0)]}
+    seconds = {"linen": [2.0, 3.0, 2.0], "jbn": [1.0, 1.5, 1.0], "torch-last": [4.0, 6.0, 4.0]}
+    counted = {"jbn": counts.Counts(4.0, 5, 2**20, 3 * 2**20)}
+    return record(mode="training step", seconds=seconds, errors={}, counts=counted, first=first)._replace(**changed)
+
+
+def test_a_step_stands_beside_flax_by_the_least_first_and_the_median_later_step():
+    assert step_report.table([whole_step()]).rows == [
+        ("a", "linen", "2.00", "2.00", None, "2e+03", "2e+03 to 2.5e+03", None, None, None, None),
+        ("a", "jbn", "2.00", "3.00", "1.25", "1e+03", "1e+03 to 1.25e+03", "0.50 ±0.00", "3", "5", "1"),
+        ("a", "torch-last", None, None, None, "4e+03", "4e+03 to 5e+03", "2.00 ±0.00", None, None, None),
+    ]
+    eager = whole_step(mode="eager gradient", first=None)
+    assert step_report.summary([whole_step(), eager]) == [
+        "jbn: first step 1.25, later steps 0.50, eager gradient 0.50 of Flax Linen's, geometric means",
+        "torch-last: later steps 2.00, eager gradient 2.00 of Flax Linen's, geometric means",
+    ]
+
+
+def test_without_flax_there_is_no_ratio():
+    alone = whole_step(seconds={"jbn": [1.0]}, first={"jbn": [(1.0, 1.0, 3.0)]}, counts={})
+    assert step_report.table([alone]).rows == [
+        ("a", "jbn", "2.00", "3.00", None, "1e+03", "1e+03 to 1e+03", None, None, None, None)
+    ]
+    assert step_report.summary([alone]) == []
+    assert report.data([alone], "linen")[0]["ratios"] == {}
+
+
+def test_the_picture_of_steps_has_later_and_first_steps_with_names_and_units():
+    later, first = picture.draw_steps([whole_step()], "a machine").axes
+    dots = [
+        {container.get_label(): list(container.lines[0].get_xdata()) for container in ax.containers}
+        for ax in (later, first)
+    ]
+    assert dots == [{"jbn": [0.5], "torch-last": [2.0]}, {"jbn": [1.25]}]
+    assert "median time of a step over Flax Linen's (ratio)" in later.get_xlabel()
+    assert "least seconds to trace, lower and compile" in first.get_xlabel()
+    assert later.get_ylabel()
+
+
 def test_a_measurement_without_counts_has_no_line():
-    counted = counts.Counts(4.0, 5, 50)
+    counted = counts.Counts(4.0, 5, 50, 400)
     of_both = record(counts={"jbn": counted, "linen": counted._replace(passes=6.0)}, residual_bytes={"jbn": 110})
     assert report.counts([of_both, record(counts={})], ["jbn", "linen"]).rows == [
         ("a", "forward", "jbn", "4.0 / 3", "5", "0.50", "1.10"),

@@ -1,0 +1,171 @@
+"""What people run: the first step and each later step of training, in one program, and gradients of one norm outside
+of jit.
+
+A step is loss, gradients, new statistics and optimizer in one jit. Every norm stands in the same network, compiled from
+the same lines; steps are timed in turn on the same inputs.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jbn.bench import eager, torch_steps
+from jbn.bench.counts import count
+from jbn.bench.eager import Eager
+from jbn.bench.networks import MLP, NORMS, Norm, ResNet, Sequences
+from jbn.bench.programs import on_buffers
+from jbn.bench.run import Record
+from jbn.bench.timing import measure
+
+FIRST_STEPS = 3
+"""Of which the least counts: the first of a process loads more, and the others can only be disturbed."""
+PEERS = ("jbn", "linen", "nnx", "torch-last")
+SMALL = (2, 1)
+"""Blocks of the small ResNet: with both kinds of shortcut."""
+
+
+class Step(NamedTuple):
+    """A training step of a network on a batch of a shape."""
+
+    name: str
+    network: Callable[[Norm], Any]
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def label(self) -> str:
+        """How the report calls it."""
+        return f"{self.name} {'x'.join(map(str, self.shape))} {self.dtype}"
+
+    @property
+    def masked(self) -> bool:
+        """Whether its examples differ in length."""
+        return len(self.shape) == 3
+
+
+def all_cases(on_cpu: bool) -> list[Any]:
+    """Those of a whole run: a CPU is given small ones, which take two minutes on two cores."""
+    images, sequences = ((8, 64, 64, 3), (32, 128, 64)) if on_cpu else ((128, 224, 224, 3), (128, 512, 64))
+    found: list[Any] = [_resnet50(images, "float32"), *([] if on_cpu else [_resnet50(images, "bfloat16")])]
+    for dtype in ("float32", "bfloat16"):
+        found += [_small_resnet(images, dtype)] if on_cpu else []
+        found += [_mlp(width, dtype) for width in ((256, 1024) if on_cpu else (256, 2048))]
+        found.append(_sequences(sequences, dtype))
+    return [*found, *eager.CASES]
+
+
+def quick_cases() -> list[Any]:
+    """A few small ones, for a first look within a minute."""
+    return [
+        _mlp(256, "float32"),
+        _small_resnet((8, 64, 64, 3), "float32"),
+        _sequences((32, 128, 64), "float32"),
+        *eager.CASES,
+    ]
+
+
+def work(steps: Sequence[Any]) -> int:
+    """How often `run` ticks."""
+    return sum(1 + len(NORMS) * FIRST_STEPS * isinstance(step, Step) for step in steps)
+
+
+def run(steps: Sequence[Any], peers: Collection[str], rounds: int, tick: Callable[[str], Any]) -> Iterator[Record]:
+    """The records, one by one; what is done next is told to `tick`."""
+    for step in steps:
+        if isinstance(step, Eager):
+            tick(step.label)
+            yield Record(step.label, "eager gradient", measure(eager.programs(step, peers), rounds), {}, {}, {})
+            continue
+        names = [name for name in NORMS if name != "linen" or name in peers]
+        batches = [_batch(step, seed) for seed in range(2)]
+        first, compiled, held = first_steps(step, names, batches[0], tick)
+        tick(step.label)
+        found = {
+            name: on_buffers(program, [(*held, *batch) for batch in batches]) for name, program in compiled.items()
+        }
+        if "torch-last" in peers and not step.masked:
+            network = step.network(NORMS["linen"])
+            found["torch-last"] = torch_steps.step_program(network, [batch[0] for batch in batches])
+        counts = {name: count(program, 2**20) for name, program in compiled.items()}
+        yield Record(step.label, "training step", measure(found, rounds), counts, {}, {}, first=first)
+
+
+def first_steps(
+    step: Step, names: Sequence[str], batch: Sequence[jax.Array], tick: Callable[[str], Any]
+) -> tuple[dict[str, list[tuple[float, ...]]], dict[str, Any], tuple[Any, ...]]:
+    """Seconds to trace, to lower and to compile, each time as if nothing had been traced before; and what they give.
+
+    That is the compiled programs, with the parameters, statistics and memory of the optimizer to begin with: jbn's
+    variables are those of Flax.
+    """
+    seconds: dict[str, list[tuple[float, ...]]] = {name: [] for name in names}
+    compiled = {}
+    variables = jax.jit(step.network(NORMS["linen"]).init)(jax.random.key(0), *batch)
+    held = variables["params"], variables["batch_stats"], _descent().init(variables["params"])
+    for _ in range(FIRST_STEPS):
+        for name in names:
+            tick(f"{step.label}, first step of {name}")
+            jax.clear_caches()
+            times = [time.perf_counter()]
+            traced = jax.jit(training_step(step.network(NORMS[name]), _descent())).trace(*held, *batch)
+            times.append(time.perf_counter())
+            lowered = traced.lower()
+            times.append(time.perf_counter())
+            compiled[name] = lowered.compile()
+            times.append(time.perf_counter())
+            seconds[name].append(tuple(np.diff(times).tolist()))
+    return seconds, compiled, held
+
+
+def training_step(network: Any, descent: optax.GradientTransformation) -> Callable[..., Any]:
+    """(parameters, statistics, memory, *batch) -> the same three anew, and the loss"""
+
+    def loss(params: Any, statistics: Any, batch: Any) -> Any:
+        variables = {"params": params, "batch_stats": statistics}
+        out, new = network.apply(variables, *batch, mutable=["batch_stats"])
+        return jnp.mean(jnp.square(out.astype(jnp.float32) - 1)), new["batch_stats"]
+
+    def step(params: Any, statistics: Any, memory: Any, *batch: Any) -> Any:
+        (value, new), gradients = jax.value_and_grad(loss, has_aux=True)(params, statistics, batch)
+        updates, memory = descent.update(gradients, memory, params)
+        return optax.apply_updates(params, updates), new, memory, value
+
+    return step
+
+
+def _descent() -> optax.GradientTransformation:
+    """At a rate that no step had before, or JAX's cache of compiled programs on disk might have this one."""
+    return optax.sgd(0.1 * (1 + 1e-3 * np.random.default_rng().random()), momentum=0.9)
+
+
+def _batch(step: Step, seed: int) -> list[jax.Array]:
+    """Normal data; and for sequences their mask, by lengths between a half and all."""
+    rng = np.random.default_rng(seed)
+    x = jnp.asarray(rng.standard_normal(step.shape, np.float32) + 1, step.dtype)
+    if not step.masked:
+        return [x]
+    examples, length, _ = step.shape
+    lengths = rng.integers(length // 2, length + 1, (examples, 1))
+    return [x, jnp.asarray(np.arange(length) < lengths)[..., None]]
+
+
+def _resnet50(shape: tuple[int, ...], dtype: str) -> Step:
+    return Step("resnet50", ResNet, shape, dtype)
+
+
+def _small_resnet(shape: tuple[int, ...], dtype: str) -> Step:
+    return Step("small resnet", functools.partial(ResNet, blocks=SMALL), shape, dtype)
+
+
+def _mlp(width: int, dtype: str) -> Step:
+    return Step("mlp", functools.partial(MLP, width=width), (256, width), dtype)
+
+
+def _sequences(shape: tuple[int, ...], dtype: str) -> Step:
+    return Step("masked sequences", functools.partial(Sequences, width=128), shape, dtype)
