@@ -60,9 +60,6 @@ def merge_states(*states: State, weights: Sequence[ArrayLike] | None = None) -> 
     mean, var = (jnp.stack([jnp.asarray(state[field]).astype(dtype) for state in states]) for field in (0, 1))
     weight = _checked_weights(weights, len(states), dtype).reshape(-1, *[1] * (mean.ndim - 1))
     weight = jnp.where(jnp.isneginf(var), jnp.zeros((), dtype), weight)
-    # As the counts of values are, the largest of each feature is at least 1, or all of them are 0.
-    largest = jnp.max(weight, axis=0, keepdims=True)
-    weight = weight / jnp.where(largest > 0, largest, jnp.ones((), dtype))
     mean, var = (jnp.where(weight > 0, leaf, jnp.zeros((), dtype)) for leaf in (mean, var))
     merged = merge_stacked(ShiftedMoments(shift=mean, offset=None, var=var, count=weight))
     known = merged.count > 0

@@ -71,7 +71,10 @@ def test_merge_of_parts_is_the_whole(data):
     assume(batch.fits())
     axis = data.draw(st.sampled_from(batch.reduced))
     cut = data.draw(st.integers(0, batch.x.shape[axis]))
-    masks = [None, None] if batch.mask is None else np.split(batch.mask, [cut], batch.reduced.index(axis))
+    masks = [None, None]
+    if batch.mask is not None:
+        by_feature = batch.mask.ndim == batch.x.ndim
+        masks = np.split(batch.mask, [cut], axis if by_feature else batch.reduced.index(axis))
     cut_in_two = zip(np.split(batch.x, [cut], axis), masks, strict=True)
     merged = merge(*(moments(x, feature_axis=batch.feature_axis, mask=mask) for x, mask in cut_in_two))
     expected = reference.batch_norm(batch.x, feature_axis=batch.feature_axis, mask=batch.mask)
