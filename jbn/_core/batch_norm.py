@@ -122,7 +122,7 @@ def normalize(
         mask: boolean, True counts; the shape of x without its feature axes, or of the rank of x; any axis may be 1.
             Masked values come out as 0 and get gradient 0.
         activation: shape-preserving elementwise function, applied in float32 before the cast to `dtype`.
-        shortcut: array of the shape of x, added before the activation.
+        shortcut: float array of the shape of x, added before the activation.
         dtype: dtype of the result; None is that of x.
 
     Returns:

@@ -245,9 +245,12 @@ def merge_shared(sharing: Sharing, local: ShiftedMoments) -> ShiftedMoments:
 def merge_stacked(parts: Sequence[Any]) -> ShiftedMoments:
     """The moments of the union of parts that are stacked along a first axis."""
     parts = ShiftedMoments(*parts)
-    parts = parts._replace(count=jnp.zeros_like(parts.var) + parts.count)
+    count = jnp.zeros_like(parts.var) + parts.count
+    total = jnp.sum(count, axis=0, keepdims=True)
+    # By shares of the count, with which nothing overflows.
+    parts = parts._replace(count=count / jnp.where(total > 0, total, jnp.ones_like(total)))
     whole = _merged(parts, lambda arrays: [jnp.sum(array, axis=0, keepdims=True) for array in arrays])
-    return jax.tree.map(lambda value: value[0], whole)
+    return jax.tree.map(lambda value: value[0], whole._replace(count=total))
 
 
 def _merged(part: ShiftedMoments, add: Callable[[Sequence[jax.Array]], Sequence[jax.Array]]) -> ShiftedMoments:

@@ -35,12 +35,14 @@ def every_part(sharing: Sharing, arrays: Sequence[jax.Array]) -> tuple[jax.Array
     place = lax.axis_index(name)
     if groups is None or by_groups:
         slots = jnp.arange(max(seat_of) + 1) == jnp.asarray(seat_of)[place]
-        collective = lambda row: lax.psum(_where(slots, row[None]), name, axis_index_groups=groups)  # noqa: E731
     else:
         slots = jnp.arange(len(group_of)) == place
-        own = jnp.asarray(group_of) == jnp.asarray(group_of)[place]
-        collective = lambda row: _where(own, lax.psum(_where(slots, row[None]), name))  # noqa: E731
-    return None if len(slots) > FEW else _in_one_row(arrays, collective)
+    if len(slots) > FEW:
+        return None
+    if groups is None or by_groups:
+        return _in_one_row(arrays, lambda row: lax.psum(_where(slots, row[None]), name, axis_index_groups=groups))
+    own = jnp.asarray(group_of) == jnp.asarray(group_of)[place]
+    return _in_one_row(arrays, lambda row: _where(own, lax.psum(_where(slots, row[None]), name)))
 
 
 def _places(sharing: Sharing) -> tuple[np.ndarray, np.ndarray, bool]:
