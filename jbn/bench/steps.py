@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 from jbn.bench import eager, torch_steps
+from jbn.bench.cases import DTYPES
 from jbn.bench.counts import count
 from jbn.bench.eager import Eager
 from jbn.bench.networks import MLP, NORMS, Norm, ResNet, Sequences
@@ -51,12 +52,13 @@ class Step(NamedTuple):
 
 def all_cases(on_cpu: bool) -> list[Any]:
     """Those of a whole run: a CPU is given small ones, which take two minutes on two cores."""
-    images, sequences = ((8, 64, 64, 3), (32, 128, 64)) if on_cpu else ((128, 224, 224, 3), (128, 512, 64))
-    found: list[Any] = [_resnet50(images, "float32"), *([] if on_cpu else [_resnet50(images, "bfloat16")])]
-    for dtype in ("float32", "bfloat16"):
-        found += [_small_resnet(images, dtype)] if on_cpu else []
-        found += [_mlp(width, dtype) for width in ((256, 1024) if on_cpu else (256, 2048))]
-        found.append(_sequences(sequences, dtype))
+    if on_cpu:
+        found = [_resnet50((4, 64, 64, 3), "float32"), _small_resnet("bfloat16"), _mlp(1024, "float32")]
+        sequences = (32, 128, 64)
+    else:
+        found = [_resnet50((128, 224, 224, 3), dtype) for dtype in DTYPES] + [_mlp(2048, "float32")]
+        sequences = (128, 512, 64)
+    found += [made for dtype in DTYPES for made in (_mlp(256, dtype), _sequences(sequences, dtype))]
     return [*found, *eager.CASES]
 
 
@@ -64,7 +66,7 @@ def quick_cases() -> list[Any]:
     """A few small ones, for a first look within a minute."""
     return [
         _mlp(256, "float32"),
-        _small_resnet((8, 64, 64, 3), "float32"),
+        _small_resnet("float32"),
         _sequences((32, 128, 64), "float32"),
         *eager.CASES,
     ]
@@ -159,8 +161,8 @@ def _resnet50(shape: tuple[int, ...], dtype: str) -> Step:
     return Step("resnet50", ResNet, shape, dtype)
 
 
-def _small_resnet(shape: tuple[int, ...], dtype: str) -> Step:
-    return Step("small resnet", functools.partial(ResNet, blocks=SMALL), shape, dtype)
+def _small_resnet(dtype: str) -> Step:
+    return Step("small resnet", functools.partial(ResNet, blocks=SMALL), (8, 64, 64, 3), dtype)
 
 
 def _mlp(width: int, dtype: str) -> Step:

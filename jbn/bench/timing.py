@@ -11,6 +11,9 @@ from jbn.bench.programs import Program
 SHORTEST = 5e-3
 """Seconds that a sample lasts at least; shorter programs run several times in it."""
 
+LONGEST, FEWEST = 15, 5
+"""Seconds after which no further round begins, and the rounds that there are at least."""
+
 
 class Spread(NamedTuple):
     """The middle of a sample and its quartiles."""
@@ -23,13 +26,18 @@ class Spread(NamedTuple):
 def measure(programs: Mapping[str, Program], rounds: int) -> dict[str, list[float]]:
     """Seconds a run of each program, a number for each round, in an order that chance gives to each round.
 
+    Slow programs get fewer rounds than that.
+
     A run that is not timed comes before each sample: how a program finds the memory that another one left would else
     be part of its time.
     """
     names = list(programs)
     repeats = {name: _repeats(programs[name]) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    start = time.perf_counter()
     for turn in range(rounds):
+        if turn >= FEWEST and time.perf_counter() - start > LONGEST:
+            break
         for place in np.random.default_rng(turn).permutation(len(names)):
             name = names[place]
             _timed(programs[name], 1, turn)
