@@ -36,6 +36,8 @@ def arithmetic_dtype(dtype: Any) -> Any:
 def checked_input(x: Any) -> jax.Array:
     """`x` as an array of one of the input dtypes."""
     allowed = f"expected one of {', '.join(INPUT_DTYPES)}"
+    if hasattr(x, "_fields"):
+        raise TypeError(f"`x` is a {type(x).__name__}, not an array: {allowed}.")
     try:
         # An array stays as it is: to JAX, asarray is an operation, which debug_nans would check masked values in.
         x = x if isinstance(x, jax.Array) else jnp.asarray(x)

@@ -70,7 +70,9 @@ def scheduled(name: str, schedule: Any, count: Any, dtype: Any) -> jax.Array:
         at = jax.vmap(at)
     try:
         return at(jnp.ceil(count).astype(jnp.int32))
-    except jax.errors.JAXTypeError as error:
+    except TypeError as error:
+        if str(error).startswith(f"`{name}`"):
+            raise
         reason = str(error).partition("\n")[0]
         raise TypeError(
             f"`{name}` is {schedule!r}, which fails on a traced count ({reason}): {expected}. Write jnp.where or "

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from jbn import _arguments, _scheduled
 from jbn._arguments import Axes, AxisName, IndexGroups
+from jbn._core import for_xla
 from jbn._core.moments import ShiftedMoments, by_feature, merge_shared, merge_stacked
 from jbn._core.standardize import Affine, Inputs, rstd_of, standardize, transform
 from jbn._core.state import Params, State, moved
@@ -166,7 +167,7 @@ def normalize_by_batch(
         batch = merge_stacked(batch)
         batch = batch if rule.sharing is None else merge_shared(rule.sharing, batch)
     may_be_empty = inputs.mask is not None
-    return out.reshape(x.shape), moved(rule.average, state, by_feature(batch, rule.reduced), numbers, may_be_empty)
+    return out.reshape(x.shape), moved(rule.average, state, by_feature(batch), numbers, may_be_empty)
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
@@ -191,22 +192,24 @@ def _in_ghost_batches(rule: Rule, inputs: Inputs) -> tuple[Rule, Inputs]:
 
 
 def aligned(rule: Rule, vector: Any, x: jax.Array, missing: int = 0) -> jax.Array:
-    """A vector of the feature shape, or `missing` for None, with the rank of x and in the dtype of the arithmetic."""
+    """A vector of the feature shape, or `missing` for None, to stand beside the batch's vectors: wide, and with an axis
+    of size 1 for ghost batches."""
     dtype = _arguments.arithmetic_dtype(x.dtype)
     vector = jnp.full(rule.axes.features(x.shape), missing, dtype) if vector is None else vector
-    others = [axis for axis in range(x.ndim) if axis not in rule.axes.feature]
-    return lax.expand_dims(lax.convert_element_type(vector, dtype), others)
+    vector = for_xla.split_as(lax.convert_element_type(vector, dtype), x, rule.axes.feature)
+    return lax.expand_dims(vector, range(x.ndim - len(rule.reduced) - len(rule.axes.feature)))
 
 
 def checked_call(params: Any, state: Any, inputs: Inputs, *, train: bool, **options: Any) -> tuple[Inputs, Rule]:
     """The arguments that training and inference share, checked, with the rule that they make."""
+    for name, value, kind in (("params", params, Params), ("state", state, State)):
+        _arguments.check_type(name, value, kind)
     x = _arguments.checked_input(inputs.x)
     rule = checked_rule(x, **options)
     features = rule.axes.features(x.shape)
     why = f"as x of shape {tuple(x.shape)} has it on `feature_axis` {rule.axes.feature}; jbn.init({features}) makes it"
-    for name, value, kind in (("params", params, Params), ("state", state, State)):
-        _arguments.check_type(name, value, kind)
-        _arguments.check_vectors(name, value, features, why)
+    for name, vectors in (("params", params), ("state", state)):
+        _arguments.check_vectors(name, vectors, features, why)
     if train:
         _arguments.check_state_dtype(state)
     mask = _arguments.checked_mask(inputs.mask, x.shape, rule.axes)

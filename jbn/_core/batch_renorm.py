@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from jbn import _arguments, _scheduled, renorm
 from jbn._arguments import AxisName, IndexGroups
 from jbn._core.batch_norm import Activation, checked_call, normalize_by_batch, normalize_by_state
-from jbn._core.moments import ShiftedMoments, centered
+from jbn._core.moments import ShiftedMoments
 from jbn._core.standardize import Affine, Inputs
 from jbn._core.state import Params, State
 from jbn._rule import Numbers, training_rule
@@ -133,8 +133,9 @@ class Correction:
         unset = state.var == -jnp.inf  # not corrected: r = 1, d = 0
         running = jnp.where(unset, jnp.ones_like(state.var), state.var) + epsilon
         r = jnp.sqrt((batch.var + epsilon) / running)
-        # Mean of the batch minus that of the state, by the pair.
-        d = -centered(state.mean, None, batch) * lax.rsqrt(running)
+        distance = batch.shift - state.mean
+        distance = distance if batch.offset is None else distance + batch.offset
+        d = distance * lax.rsqrt(running)
         r_max = bound_at("r_max", self.r_max, numbers.r_max, state.count, r.dtype)
         d_max = bound_at("d_max", self.d_max, numbers.d_max, state.count, d.dtype)
         r = jnp.where(unset, jnp.ones_like(r), jnp.clip(r, 1 / r_max, r_max))

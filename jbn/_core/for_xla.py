@@ -1,13 +1,13 @@
 """Workarounds for XLA, each beside its plain twin, which gives the same values: the algorithm reads without them."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 _chosen: list[str] = []
 
@@ -66,11 +66,23 @@ def rounded_once(center: jax.Array) -> jax.Array:
 
 
 def indexed_automatically(function: Callable[[jax.Array], Any], x: jax.Array, reduced: tuple[int, ...]) -> jax.Array:
-    """function(x), whose result has size 1 on the reduced axes; explicit sharding cannot slice a split axis."""
+    """function(x), of the shape of x without the reduced axes; explicit sharding cannot slice a split axis."""
     sharding = jax.typeof(x).sharding
     if not any(sharding.spec):
         return function(x)
-    out_spec = PartitionSpec(*(None if axis in reduced else names for axis, names in enumerate(sharding.spec)))
+    out_spec = PartitionSpec(*(names for axis, names in enumerate(sharding.spec) if axis not in reduced))
     with jax.sharding.use_abstract_mesh(sharding.mesh):
         automatic: Callable[..., Any] = jax.sharding.auto_axes(function, out_sharding=out_spec)
         return automatic(x)
+
+
+def split_as(vector: jax.Array, like: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """The vector, split over devices as these axes of another array are; only explicit sharding ever has it otherwise.
+
+    The gradient of the vector is split as the vector was.
+    """
+    there, here = jax.typeof(like).sharding, jax.typeof(vector).sharding
+    spec = PartitionSpec(*(there.spec[axis] for axis in axes))
+    if spec == here.spec:
+        return vector
+    return jax.sharding.reshard(vector, NamedSharding(there.mesh if any(spec) else here.mesh, spec))

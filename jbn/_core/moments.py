@@ -48,8 +48,9 @@ class ShiftedMoments(NamedTuple):
     One float32 mean is off by up to half a unit in its last place, 0.004 standard deviations (sd) where it is 1e5 of
     them; (x - shift) - offset is not. In bfloat16 shift is the mean, and offset None: values that differ, do so by 2^-8
     of their size at least, so that one of N values apart makes an sd of 2^-8 / sqrt(N) of it, and one float32 mean is
-    off by 2^-17 sqrt(N) sd at most; XLA fuses more with one vector. All have the rank of x, with size 1 on the reduced
-    axes, but count is a scalar without a mask and without sharing.
+    off by 2^-17 sqrt(N) sd at most; XLA fuses more with one vector. All have the shape of x without the
+    reduced axes, but count is a scalar without a mask and without sharing. (With the rank of x, and size 1 on these
+    axes, automatic sharding would split the vectors as x, and send each of them at each use.)
     """
 
     shift: jax.Array
@@ -139,7 +140,7 @@ def merge(*moments: Moments) -> Moments:
         _arguments.check_vectors("moments", part, shapes[0], "the shape of `moments.mean`")
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(Moments(*part) for part in moments))
     mean, var = (jnp.where(stacked.count > 0, leaf, jnp.zeros_like(leaf)) for leaf in (stacked.mean, stacked.var))
-    return by_feature(merge_stacked(ShiftedMoments(mean, None, var, stacked.count)), ())
+    return by_feature(merge_stacked(ShiftedMoments(mean, None, var, stacked.count)))
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
@@ -149,7 +150,7 @@ def _moments(rule: Rule, x: jax.Array, mask: jax.Array | None) -> Moments:
         nothing = [jnp.zeros(rule.axes.features(x.shape), wide(x).dtype) for _ in range(3)]
         return Moments(*nothing)
     batch = jax.checkpoint(batch_moments, static_argnums=0, prevent_cse=False)(rule, x, mask)
-    return by_feature(batch, rule.reduced)
+    return by_feature(batch)
 
 
 def batch_moments(rule: Rule, x: jax.Array, mask: jax.Array | None) -> ShiftedMoments:
@@ -176,8 +177,8 @@ def _about(reduced: tuple[int, ...], count: Any, shift: jax.Array, x: jax.Array,
     z = x - shift,  offset = mean(z),  var = mean(z**2) - offset**2
     """
     shift = lax.stop_gradient(shift)  # the moments do not depend on it
-    z = zero_masked(wide(x) - shift, mask)
-    offset, mean_square = (jnp.sum(v, reduced, keepdims=True) / count for v in (z, z * z))
+    z = zero_masked(wide(x) - lax.expand_dims(shift, reduced), mask)
+    offset, mean_square = (jnp.sum(v, reduced) / count for v in (z, z * z))
     return [shift, offset, jnp.maximum(mean_square - offset * offset, 0)]
 
 
@@ -194,7 +195,7 @@ def _about_zero_first(reduced: tuple[int, ...], count: Any, x: jax.Array) -> lis
     of Flax's in bfloat16, 1.055 about a row. A layer with a feature far from 0 has a second pass, and every layer under
     vmap. On a GPU the host would wait for the answer (1.083 of the time of Flax's step).
     """
-    zero = jnp.zeros_like(jnp.sum(wide(x), reduced, keepdims=True))  # split over devices as the sums are
+    zero = jnp.zeros_like(jnp.sum(wide(x), reduced))  # split over devices as the sums are
     first = _about(reduced, count, zero, x)
     _, mean, var = first
     # The variance's error is at most about 9 units of rounding while mean**2 <= 8 var; written so that NaN is lost too.
@@ -206,9 +207,9 @@ def _about_zero_first(reduced: tuple[int, ...], count: Any, x: jax.Array) -> lis
 def _of_valid(reduced: tuple[int, ...], x: jax.Array, mask: jax.Array) -> ShiftedMoments:
     """Moments of the values that the mask marks, in two passes: their mean, and the moments about it."""
     repeats = math.prod(x.shape[axis] for axis in reduced if mask.shape[axis] == 1)
-    count = jnp.sum(mask, reduced, keepdims=True, dtype=jnp.int32).astype(wide(x).dtype) * repeats
+    count = jnp.sum(mask, reduced, dtype=jnp.int32).astype(wide(x).dtype) * repeats
     divisor = jnp.maximum(count, 1)
-    mean = for_xla.rounded_once(jnp.sum(zero_masked(wide(x), mask), reduced, keepdims=True) / divisor)
+    mean = for_xla.rounded_once(jnp.sum(zero_masked(wide(x), mask), reduced) / divisor)
     return ShiftedMoments(*_about(reduced, divisor, mean, x, mask), count=count)
 
 
@@ -232,7 +233,7 @@ def near_the_data(x: jax.Array, reduced: tuple[int, ...]) -> jax.Array:
     else:  # a symbolic size: dynamic slices beyond the end give the last row
         rows = [lax.dynamic_slice_in_dim(x, at, 1, axis=along) for at in range(3)]
     a, b, c = map(wide, rows)
-    return lax.max(lax.min(a, b), lax.min(lax.max(a, b), c))
+    return lax.squeeze(lax.max(lax.min(a, b), lax.min(lax.max(a, b), c)), reduced)
 
 
 def merge_shared(sharing: Sharing, local: ShiftedMoments) -> ShiftedMoments:
@@ -269,11 +270,9 @@ def _merged(part: ShiftedMoments, add: Callable[[Sequence[jax.Array]], Sequence[
     return ShiftedMoments(center, offset, jnp.maximum(mean_square - offset * offset, 0), count)
 
 
-def by_feature(batch: ShiftedMoments, reduced: tuple[int, ...]) -> Moments:
-    """Moments of the feature shape, their mean in one number."""
-    mean, var = (lax.squeeze(value, reduced) for value in (mean_of(batch), batch.var))
-    count = lax.squeeze(batch.count, reduced) if np.ndim(batch.count) else batch.count
-    return Moments(mean, var, jnp.broadcast_to(count, mean.shape))
+def by_feature(batch: ShiftedMoments) -> Moments:
+    """Moments with their mean in one number, and a count for each feature."""
+    return Moments(mean_of(batch), batch.var, jnp.broadcast_to(batch.count, batch.var.shape))
 
 
 def mean_of(batch: ShiftedMoments) -> jax.Array:
@@ -281,13 +280,14 @@ def mean_of(batch: ShiftedMoments) -> jax.Array:
     return batch.shift if batch.offset is None else batch.shift + batch.offset
 
 
-def centered(x: jax.Array, mask: jax.Array | None, batch: ShiftedMoments) -> jax.Array:
+def centered(reduced: tuple[int, ...], x: jax.Array, mask: jax.Array | None, batch: ShiftedMoments) -> jax.Array:
     """(x - shift) - offset, in that order: the difference from the shift is nearly exact, the mean itself is not.
 
     In masked places of x stands the shift, at which no activation overflows, whatever x holds.
     """
-    x = wide(x) if mask is None else jnp.where(mask, wide(x), batch.shift)
-    return x - batch.shift if batch.offset is None else (x - batch.shift) - batch.offset
+    shift = lax.expand_dims(batch.shift, reduced)
+    x = wide(x) if mask is None else jnp.where(mask, wide(zero_masked(x, mask)), shift)
+    return x - shift if batch.offset is None else (x - shift) - lax.expand_dims(batch.offset, reduced)
 
 
 def wide(x: jax.Array) -> jax.Array:

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding
 
 from jbn import _arguments, _scheduled
+from jbn._core import for_xla
 from jbn._core.moments import Moments
 from jbn._rule import Numbers
 from jbn._scheduled import Average
@@ -138,7 +138,9 @@ def moved(average: Average, old: State, batch: Moments, numbers: Numbers, may_be
     """
     dtype = jnp.result_type(old.mean)
     old = old._replace(var=lax.convert_element_type(old.var, dtype))
-    batch = Moments(*(_placed_as(old.mean, lax.convert_element_type(value, dtype)) for value in batch))
+    # Split as the state is, so that this can be carried through a loop.
+    axes = range(old.mean.ndim)
+    batch = Moments(*(for_xla.split_as(lax.convert_element_type(value, dtype), old.mean, axes) for value in batch))
     momentum = numbers.momentum
     if average.schedule is not None:
         momentum = jnp.clip(_scheduled.scheduled("momentum", average.schedule, old.count, dtype), 0, 1)
@@ -169,9 +171,3 @@ def _averaged(average: Average, weights: tuple[Any, Any], old: jax.Array, batch:
     if average.heavy is None:
         return jnp.where(of_old < 0.5, batch + of_old * (old - batch), old + of_batch * (batch - old))
     return old + of_batch * (batch - old) if average.heavy else batch + of_old * (old - batch)
-
-
-def _placed_as(old: jax.Array, new: jax.Array) -> jax.Array:
-    """The new array, split as the old one under explicit sharding, so that the state can be carried through a loop."""
-    spec, sharding = jax.typeof(old).sharding.spec, jax.typeof(new).sharding
-    return new if spec == sharding.spec else jax.sharding.reshard(new, NamedSharding(sharding.mesh, spec))
