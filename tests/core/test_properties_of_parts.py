@@ -67,8 +67,8 @@ def assert_shared_as_one(data, norm_on, number, rows):
     x = ((np.float64(data.draw(arrays((number * rows, 2)))) + offset) * scale).astype(np.float32)
     mask = np.array(data.draw(st.lists(st.booleans(), min_size=len(x), max_size=len(x))))
     params, state = data.draw(norms((2,), scale=scale))
-    # The parts of many places are summed about a rounded mean.
-    batch = Batch(x, -1, mask, rounding=4 * UNIT["float32"] * (number > 16))
+    # The sums of a masked part, and of many parts, are about a mean that is rounded.
+    batch = Batch(x, -1, mask, rounding=4 * UNIT["float32"])
     assume(batch.fits())
     out, new_state = norm_on(number)(params, state, x, mask)
     expected = reference.batch_norm(x, *params, mask=mask)
