@@ -286,7 +286,10 @@ def centered(reduced: tuple[int, ...], x: jax.Array, mask: jax.Array | None, bat
     In masked places of x stands the shift, at which no activation overflows, whatever x holds.
     """
     shift = lax.expand_dims(batch.shift, reduced)
-    x = wide(x) if mask is None else jnp.where(mask, wide(zero_masked(x, mask)), shift)
+    if mask is not None:
+        # What is converted is masked first, since debug_nans looks at each conversion.
+        x = jnp.where(mask, x if x.dtype == shift.dtype else wide(zero_masked(x, mask)), shift)
+    x = wide(x)
     return x - shift if batch.offset is None else (x - shift) - lax.expand_dims(batch.offset, reduced)
 
 
