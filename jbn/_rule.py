@@ -117,8 +117,11 @@ def checked_sharing(axis_name: Any, axis_index_groups: Any) -> Sharing | None:
             raise TypeError(f"`axis_name` is {axis_name!r}: expected the name of a mapped axis, or a tuple of names.")
     if isinstance(name, tuple) and len(set(name)) < len(name):
         raise ValueError(f"`axis_name` is {axis_name!r}, which names an axis twice: name it once.")
+    if axis_index_groups is None and name is None:
+        return None
     if axis_index_groups is None:
-        return None if name is None else Sharing(name, _check_bound(name))
+        _check_bound(name)
+        return Sharing(name, None)
     if name is None or isinstance(name, tuple):
         raise ValueError(
             f"`axis_index_groups` needs one axis name, but `axis_name` is {axis_name!r}: name the mapped axis that the "

@@ -97,7 +97,8 @@ def checked_schedule(name: str, given: Any, dtype: Any, check: Callable[[str, An
     """A schedule and None, or None and a number, concrete and checked or traced."""
     if callable(given):
         if getattr(given, "__module__", "") in ("jbn.momentum", "jbn.renorm") and hasattr(given, "__code__"):
-            raise TypeError(f"`{name}` is {given.__module__}.{given.__name__} itself: call it, as in the docs.")
+            maker = f"{given.__module__}.{given.__name__}"
+            raise TypeError(f"`{name}` is {maker} itself: call it, as in {maker}(...), for a schedule or a number.")
         check_hashable(name, given)
         return given, None
     if isinstance(given, Tracer):

@@ -11,8 +11,8 @@ from jax.typing import ArrayLike
 
 from jbn import _arguments, _scheduled
 from jbn._arguments import Axes, AxisName, IndexGroups
-from jbn._core import for_xla
 from jbn._core.moments import ShiftedMoments, by_feature, merge_shared, merge_stacked
+from jbn._core.sharing import split_as
 from jbn._core.standardize import Affine, Inputs, rstd_of, standardize, transform
 from jbn._core.state import Params, State, moved
 from jbn._rule import Numbers, Rule, checked_rule, training_rule
@@ -71,7 +71,7 @@ def batch_norm(
     Raises:
         NameError: no transformation binds `axis_name`.
         TypeError: a wrong kind or dtype of argument, or a traced `train`.
-        ValueError: shapes or values that do not fit; the message says how to fix it.
+        ValueError: shapes or values that do not fit; the message says how to mend it.
 
     Example:
         >>> import jax.numpy as jnp
@@ -131,7 +131,7 @@ def normalize(
 
     Raises:
         TypeError: a wrong kind or dtype of argument.
-        ValueError: shapes or values that do not fit; the message says how to fix it.
+        ValueError: shapes or values that do not fit; the message says how to mend it.
 
     Example:
         >>> import jax.numpy as jnp
@@ -192,11 +192,10 @@ def _in_ghost_batches(rule: Rule, inputs: Inputs) -> tuple[Rule, Inputs]:
 
 
 def aligned(rule: Rule, vector: Any, x: jax.Array, missing: int = 0) -> jax.Array:
-    """A vector of the feature shape, or `missing` for None, to stand beside the batch's vectors: wide, and with an axis
-    of size 1 for ghost batches."""
+    """A vector of the feature shape, or `missing` for None; wide, and with an axis of size 1 for ghost batches."""
     dtype = _arguments.arithmetic_dtype(x.dtype)
     vector = jnp.full(rule.axes.features(x.shape), missing, dtype) if vector is None else vector
-    vector = for_xla.split_as(lax.convert_element_type(vector, dtype), x, rule.axes.feature)
+    vector = split_as(lax.convert_element_type(vector, dtype), x, rule.axes.feature)
     return lax.expand_dims(vector, range(x.ndim - len(rule.reduced) - len(rule.axes.feature)))
 
 

@@ -1,13 +1,12 @@
 """Workarounds for XLA, each beside its plain twin, which gives the same values: the algorithm reads without them."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
 
 _chosen: list[str] = []
 
@@ -45,7 +44,6 @@ def added(line: jax.Array, constant: jax.Array, dtype: Any) -> jax.Array:
     own dtype. XLA then fuses the other sum with the mask of a relu that follows the norm: a step of a ResNet-50 on an
     H200 moves 0.994 of the bytes of Flax's, 1.014 without. Forward mode pays for it there: both terms are rounded.
     """
-
     return by_platform(
         lambda line, constant: (line + constant).astype(dtype),
         line,
@@ -63,26 +61,3 @@ def rounded_once(center: jax.Array) -> jax.Array:
     """
     form = jnp.finfo(center.dtype)
     return center if _chosen[-1:] == ["plain"] else lax.reduce_precision(center, form.nexp, form.nmant - 1)
-
-
-def indexed_automatically(function: Callable[[jax.Array], Any], x: jax.Array, reduced: tuple[int, ...]) -> jax.Array:
-    """function(x), of the shape of x without the reduced axes; explicit sharding cannot slice a split axis."""
-    sharding = jax.typeof(x).sharding
-    if not any(sharding.spec):
-        return function(x)
-    out_spec = PartitionSpec(*(names for axis, names in enumerate(sharding.spec) if axis not in reduced))
-    with jax.sharding.use_abstract_mesh(sharding.mesh):
-        automatic: Callable[..., Any] = jax.sharding.auto_axes(function, out_sharding=out_spec)
-        return automatic(x)
-
-
-def split_as(vector: jax.Array, like: jax.Array, axes: Sequence[int]) -> jax.Array:
-    """The vector, split over devices as these axes of another array are; only explicit sharding ever has it otherwise.
-
-    The gradient of the vector is split as the vector was.
-    """
-    there, here = jax.typeof(like).sharding, jax.typeof(vector).sharding
-    spec = PartitionSpec(*(there.spec[axis] for axis in axes))
-    if spec == here.spec:
-        return vector
-    return jax.sharding.reshard(vector, NamedSharding(there.mesh if any(spec) else here.mesh, spec))

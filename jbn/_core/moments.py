@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from jbn import _arguments
 from jbn._arguments import AxisName, IndexGroups
 from jbn._core import for_xla
-from jbn._core.sharing import every_part, sum_over
+from jbn._core.sharing import every_part, indexed_automatically, sum_over
 from jbn._rule import Rule, Sharing, checked_rule, training_rule
 
 CHECKPOINT_NAME = "jbn_statistics"
@@ -184,7 +184,7 @@ def _about(reduced: tuple[int, ...], count: Any, shift: jax.Array, x: jax.Array,
 
 def _about_a_row(reduced: tuple[int, ...], count: Any, x: jax.Array) -> list[jax.Array]:
     """Moments about values of the data, in one pass over x."""
-    row = for_xla.indexed_automatically(functools.partial(near_the_data, reduced=reduced), x, reduced)
+    row = indexed_automatically(functools.partial(near_the_data, reduced=reduced), x, reduced)
     return _about(reduced, count, row, x)
 
 

@@ -1,11 +1,14 @@
-"""Sums over mapped axes: the devices of pmap and shard_map, the lanes of vmap; over all of an axis or in groups."""
+"""What devices share: sums over mapped axes, those of pmap, shard_map and vmap, over all of an axis or in groups of it;
+and how explicit sharding splits vectors."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jbn._rule import Sharing
 
@@ -73,3 +76,26 @@ def _in_one_row(arrays: Sequence[jax.Array], collective: Callable[[jax.Array], j
     rows = collective(jnp.concatenate([jnp.ravel(array) for array in arrays]))
     cut = jnp.split(rows, np.cumsum([array.size for array in arrays])[:-1], axis=-1)
     return tuple(part.reshape(*rows.shape[:-1], *array.shape) for part, array in zip(cut, arrays, strict=True))
+
+
+def indexed_automatically(function: Callable[[jax.Array], Any], x: jax.Array, reduced: tuple[int, ...]) -> jax.Array:
+    """function(x), of the shape of x without the reduced axes; explicit sharding cannot slice a split axis."""
+    sharding = jax.typeof(x).sharding
+    if not any(sharding.spec):
+        return function(x)
+    out_spec = PartitionSpec(*(names for axis, names in enumerate(sharding.spec) if axis not in reduced))
+    with jax.sharding.use_abstract_mesh(sharding.mesh):
+        automatic: Callable[..., Any] = jax.sharding.auto_axes(function, out_sharding=out_spec)
+        return automatic(x)
+
+
+def split_as(vector: jax.Array, like: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """The vector, split over devices as these axes of another array are; only explicit sharding ever has it otherwise.
+
+    The gradient of the vector is split as the vector was.
+    """
+    there, here = jax.typeof(like).sharding, jax.typeof(vector).sharding
+    spec = PartitionSpec(*(there.spec[axis] for axis in axes))
+    if spec == here.spec:
+        return vector
+    return jax.sharding.reshard(vector, NamedSharding(there.mesh if any(spec) else here.mesh, spec))

@@ -9,8 +9,8 @@ import numpy as np
 from jax import lax
 
 from jbn import _arguments, _scheduled
-from jbn._core import for_xla
 from jbn._core.moments import Moments
+from jbn._core.sharing import split_as
 from jbn._rule import Numbers
 from jbn._scheduled import Average
 from jbn.momentum import Schedule
@@ -140,7 +140,7 @@ def moved(average: Average, old: State, batch: Moments, numbers: Numbers, may_be
     old = old._replace(var=lax.convert_element_type(old.var, dtype))
     # Split as the state is, so that this can be carried through a loop.
     axes = range(old.mean.ndim)
-    batch = Moments(*(for_xla.split_as(lax.convert_element_type(value, dtype), old.mean, axes) for value in batch))
+    batch = Moments(*(split_as(lax.convert_element_type(value, dtype), old.mean, axes) for value in batch))
     momentum = numbers.momentum
     if average.schedule is not None:
         momentum = jnp.clip(_scheduled.scheduled("momentum", average.schedule, old.count, dtype), 0, 1)

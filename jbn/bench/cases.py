@@ -73,7 +73,7 @@ def all_cases(on_cpu: bool) -> list[Any]:
 
 
 def quick_cases() -> list[Any]:
-    """A few small ones, for a first look within a minute."""
+    """A few small ones, for a first look."""
     shape = (8, 56, 56, 64)
     return [
         Case("conv", shape),

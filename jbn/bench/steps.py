@@ -51,7 +51,7 @@ class Step(NamedTuple):
 
 
 def all_cases(on_cpu: bool) -> list[Any]:
-    """Those of a whole run: a CPU is given small ones, which take two minutes on two cores."""
+    """Those of a whole run; small ones for a CPU."""
     if on_cpu:
         found = [_resnet50((4, 64, 64, 3), "float32"), _small_resnet("bfloat16"), _mlp(1024, "float32")]
         sequences = (32, 128, 64)
@@ -63,7 +63,7 @@ def all_cases(on_cpu: bool) -> list[Any]:
 
 
 def quick_cases() -> list[Any]:
-    """A few small ones, for a first look within a minute."""
+    """A few small ones, for a first look."""
     return [
         _mlp(256, "float32"),
         _small_resnet("float32"),

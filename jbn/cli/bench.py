@@ -21,7 +21,7 @@ def add_parser(commands: Any) -> None:
         help="time training steps with jbn beside Flax and PyTorch",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--quick", action="store_true", help="a few small cases, about a minute")
+    parser.add_argument("--quick", action="store_true", help="a few small cases")
     apart = "one norm, forward and backward compiled apart, beside all libraries that are installed"
     parser.add_argument("--apart", action="store_true", help=apart)
     parser.add_argument("--out", metavar="FOLDER", help="write bench.json, bench.txt and bench.png into it")

@@ -120,7 +120,7 @@ def _unwrapped(value: Any) -> Any:
 
 
 def _arrays(names: Names, entries: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The entries as arrays, without those that are None; and those that are missing or make no array."""
+    """The entries as arrays, without those that are None; and those that are missing or cannot be converted."""
     entries = {name: value for name, value in entries.items() if value is not None}
     arrays, problems = {}, [f"`{name}` is missing" for name in (names.mean, names.var) if name not in entries]
     for name, value in entries.items():
@@ -130,7 +130,7 @@ def _arrays(names: Names, entries: Mapping[str, Any]) -> tuple[dict[str, Any], l
             problems.append(f"`{name}` {error}")
         except (TypeError, RuntimeError):  # PyTorch's tensors without data raise the latter
             hint = ": take it out by flax.linen.meta.unbox" if hasattr(value, "unbox") else ""
-            problems.append(f"`{name}` is a {type(value).__name__}, which makes no array{hint}")
+            problems.append(f"`{name}` is a {type(value).__name__}, which cannot be converted to an array{hint}")
     return arrays, problems
 
 

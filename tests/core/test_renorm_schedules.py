@@ -83,7 +83,7 @@ BOUNDS = {
     ),
     "uncalled": Refused(renorm(r_max=jbn.renorm.r_max), TypeError, "r_max", "jbn.renorm.r_max itself", "call it, as"),
     "the other's": Refused(
-        renorm(r_max=jbn.renorm.d_max), TypeError, "r_max", "renorm.d_max itself", "call it, as in the docs"
+        renorm(r_max=jbn.renorm.d_max), TypeError, "r_max", "renorm.d_max itself", "as in jbn.renorm.d_max(...)"
     ),
     "gives channels": Refused(
         renorm(d_max=lambda count: np.ones(3)), TypeError, "d_max", "gives array(", "to a number"

@@ -125,7 +125,9 @@ def test_linen_modules_that_only_have_a_mean_are_left_alone():
 
 def test_boxes_of_flax_are_refused_until_they_are_taken_out():
     variables = {"params": {"scale": BOXED}, "batch_stats": {"mean": TWO, "var": TWO}}
-    with pytest.raises(ValueError, match=r"`scale` is a Partitioned, which makes no array: take it out by flax"):
+    with pytest.raises(
+        ValueError, match=r"is a Partitioned, which cannot be converted to an array: take it out by flax"
+    ):
         from_linen(variables)
     assert from_linen(nn.meta.unbox(variables))[0].scale.shape == (2,)
 

@@ -72,7 +72,7 @@ def test_one_error_lists_the_haiku_entries_that_are_wrong():
     wrong = {"mean_ema": AVERAGE, "var_ema": {"hidden": TWO}, "scale": "heavy"}
     with pytest.raises(ValueError, match="not those of batch norm in Haiku") as caught:
         from_haiku(wrong)
-    for message in ("`var_ema.average` is missing", "`scale` is a str, which makes no array"):
+    for message in ("`var_ema.average` is missing", "`scale` is a str, which cannot be converted to an array"):
         assert message in str(caught.value)
 
 

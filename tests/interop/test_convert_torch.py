@@ -162,7 +162,7 @@ def test_what_torch_writes_to_its_memory_later_does_not_reach_jbn(torch_model, d
 def test_tensors_without_data_are_refused():
     import torch
 
-    with pytest.raises(ValueError, match="`running_mean` is a Tensor, which makes no array"):
+    with pytest.raises(ValueError, match="`running_mean` is a Tensor, which cannot be converted to an array"):
         from_torch(torch.nn.BatchNorm1d(3, device="meta").state_dict())
     with pytest.raises(ValueError, match="`weight` Attempted to use an uninitialized parameter"):
         from_torch(torch.nn.LazyBatchNorm1d().state_dict())

@@ -66,7 +66,7 @@ WRONG = {
         {**TORCH, "weight": np.ones(2, int), "bias": "heavy", "num_batches_tracked": np.ones(3)},
         [
             "`weight` has dtype int32, not a float one",
-            "`bias` is a str, which makes no array",
+            "`bias` is a str, which cannot be converted to an array",
             "`num_batches_tracked` has shape (3,), not (2,) or ()",
         ],
     ),
