@@ -41,8 +41,9 @@ def added(line: jax.Array, constant: jax.Array, dtype: Any) -> jax.Array:
     """line + constant, cast to a half-precision dtype.
 
     In the transpose, the sum of the cotangent over the constant reads it behind a barrier of its own on a GPU, in its
-    own dtype. XLA then fuses the other sum with the mask of a relu that follows the norm: a step of a ResNet-50 on an
-    H200 moves 0.994 of the bytes of Flax's, 1.014 without. Forward mode pays for it there: both terms are rounded.
+    own dtype. XLA then fuses the other sum with the activation that follows the norm. Compiled for an H200, a step of a
+    ResNet-50 moves 0.994 of the bytes of Flax's, 1.014 without; with silu, a small network takes 0.991 of the time of
+    Flax's on an H100, 1.004 without. Forward mode pays for it there: both terms are rounded.
     """
     return by_platform(
         lambda line, constant: (line + constant).astype(dtype),

@@ -60,6 +60,10 @@ WINGS = {
 FOLDERS = {"core": ["core", "statistics"], "statistics": ["statistics", "interop", "core"]}
 EQUIVALENT = {
     "0ea6347c11b5841f": "jax.numpy.array copies NumPy's memory, asked to or not",
+    "295a7c28f47215ef": "at a momentum of 0.5 both forms are the same average",
+    "35bf1aebe040d5bc": "JAX clips an index to the axis, whose size is 1",
+    "3dd8e232745f6e30": "only the type of the number is read",
+    "400125abd467999f": "what is masked twice is masked; once costs less",
 }
 """Survivors of seed 0 that change no result, or by rounding only, by their keys, and why."""
 SWAPS = {
