@@ -178,15 +178,15 @@ def _fits(shape: Sequence[int], expected: Sequence[int]) -> bool:
     return len(shape) == len(expected) and all(m in (1, n) for m, n in zip(shape, expected, strict=True))
 
 
-def check_train(train: Any, name: str = "train", true: str = "batch", false: str = "running") -> None:
-    """Training and inference are two programs, so the choice is made in Python."""
-    if isinstance(train, Tracer):
+def check_flag(name: str, flag: Any, true: str, false: str) -> None:
+    """A flag selects one of two programs, so it is a bool of Python; `true` and `false` say what it does."""
+    if isinstance(flag, Tracer):
         raise TypeError(
             f"`{name}` is traced, but it selects the program and must be a Python bool: pass it by "
             f"jax.jit(..., static_argnames='{name}'), or bind it with functools.partial before jit."
         )
-    if not isinstance(train, bool | np.bool_):
-        raise TypeError(f"`{name}` is {train!r}: expected True ({true} statistics) or False ({false} statistics).")
+    if not isinstance(flag, bool | np.bool_):
+        raise TypeError(f"`{name}` is {flag!r}: expected True ({true}) or False ({false}).")
 
 
 def checked_epsilon(epsilon: Any) -> float:

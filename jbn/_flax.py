@@ -1,6 +1,6 @@
-"""What the Linen and the NNX modules have in common: the core's calls by attributes, and the options refused."""
+"""What the Linen and the NNX modules share: which statistics a call uses, and the core's calls by attributes."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -10,18 +10,34 @@ from jbn._core.batch_renorm import batch_renorm
 from jbn._core.state import Params, State
 
 BOUNDS = ("r_max", "d_max")
-NOT_NEEDED = {
-    "use_fast_variance": "jbn's variance is exact at the speed of the fast one, so that there is nothing to choose",
-    "force_float32_reductions": "jbn reduces in float32 at least, whatever the dtype of its input",
-    "promote_dtype": "jbn normalizes in float32 at least, and `dtype` is the dtype of the result",
-}
 
 
-def refuse_not_needed(**given: Any) -> None:
-    """Options of Flax that would have nothing to do are refused, rather than taken and ignored."""
-    for name, value in given.items():
-        if value is not None:
-            raise TypeError(f"`{name}` is {value!r}, but it is not needed: {NOT_NEEDED[name]}. Leave it out.")
+class Mode(NamedTuple):
+    """What a call does with statistics."""
+
+    train: bool
+    """normalizes by the batch's, in place of the running ones"""
+    updates: bool
+    """moves the running ones towards the batch's"""
+
+
+TRAINING = Mode(train=True, updates=True)
+
+
+def checked_mode(module: Any, use_running_average: Any, update_statistics: Any) -> Mode:
+    """The mode of a call: its own arguments go before those of the module, and `frozen` before all."""
+    updates = module.update_statistics if update_statistics is None else update_statistics
+    for name, flag, true, false in (
+        ("frozen", module.frozen, "normalize by the running statistics, whatever else is said", "do not"),
+        ("update_statistics", updates, "update the running statistics in training", "leave them as they are"),
+    ):
+        _arguments.check_flag(name, flag, true, false)
+    if module.frozen:
+        return Mode(train=False, updates=False)
+    if use_running_average is None:
+        raise ValueError("`use_running_average` is given neither at construction nor at the call: give True or False.")
+    _arguments.check_flag("use_running_average", use_running_average, "running statistics", "batch statistics")
+    return Mode(train=not use_running_average, updates=bool(updates) and not use_running_average)
 
 
 def check_dtypes(**given: Any) -> None:
@@ -30,16 +46,14 @@ def check_dtypes(**given: Any) -> None:
         _arguments.checked_dtype(dtype, None, name)
 
 
-def reads_count(module: Any) -> bool:
-    """Whether an attribute of the module is a schedule."""
-    return any(callable(getattr(module, name, None)) for name in ("momentum", *BOUNDS))
+def reads_count(module: Any, mode: Mode = TRAINING) -> bool:
+    """Whether a call in this mode asks a schedule: momentum moves statistics, bounds correct the output."""
+    names = (*(("momentum",) if mode.updates else ()), *(BOUNDS if mode.train else ()))
+    return any(callable(getattr(module, name, None)) for name in names)
 
 
-def checked_call(module: Any, x: Any, use_running_average: Any) -> tuple[jax.Array, tuple[int, ...]]:
+def checked_call(module: Any, x: Any) -> tuple[jax.Array, tuple[int, ...]]:
     """The input as an array, and the shape of its features."""
-    if use_running_average is None:
-        raise ValueError("`use_running_average` is given neither at construction nor at the call: give True or False.")
-    _arguments.check_train(use_running_average, "use_running_average", true="running", false="batch")
     x = _arguments.checked_input(x)
     return x, _arguments.checked_axes(module.axis, x.ndim, "axis").features(x.shape)
 
@@ -49,7 +63,7 @@ def apply(
     params: Params,
     state: State,
     inputs: dict[str, Any],
-    train: bool,
+    mode: Mode,
     dtype: Any,
     *,
     initializing: bool = False,
@@ -66,15 +80,13 @@ def apply(
     x = inputs["x"]
     axes = _arguments.checked_axes(module.axis, x.ndim, "axis")
     check_shapes(module, x, axes.features(x.shape), **state._asdict(), **params._asdict())
-    if train:
-        for name, vector in state._asdict().items():
-            if vector is not None:
-                _arguments.checked_state_dtype(f"{name}.dtype", vector.dtype)
+    if mode.train:
+        _check_state_dtype(state)
     return call(
         params,
         state,
-        train=train and not (initializing and not axes.reduced),
-        momentum=module.momentum,
+        train=mode.train and not (initializing and not axes.reduced),
+        momentum=module.momentum if mode.updates or initializing else 0.0,
         epsilon=module.epsilon,
         feature_axis=module.axis,
         running_var=module.running_var,
@@ -83,6 +95,17 @@ def apply(
         **inputs,
         **optional,
     )
+
+
+def _check_state_dtype(state: State) -> None:
+    """Half precision would lose the updates; what it came from is mostly a cast of a whole model."""
+    for name, vector in state._asdict().items():
+        if vector is not None and vector.dtype.name not in _arguments.STATE_DTYPES:
+            raise TypeError(
+                f"`{name}` has dtype {vector.dtype.name}: expected {' or '.join(_arguments.STATE_DTYPES)} in training, "
+                "since small updates are lost in half precision. Where a whole model was cast, cast the parameters "
+                "alone, or cast the statistics back: jax.tree.map(lambda leaf: leaf.astype(jnp.float32), statistics)."
+            )
 
 
 def check_shapes(module: Any, x: jax.Array, features: tuple[int, ...], **variables: Any) -> None:

@@ -39,11 +39,13 @@ class BatchNorm(nn.Module):
         scale_init: initializer of the scale.
         axis_name: mapped axis or axes to share statistics over.
         axis_index_groups: places on that axis that share among themselves only.
-        use_fast_variance: refused, since the variance is exact at the speed of the fast one.
-        force_float32_reductions: refused, since reductions are in float32 at least.
+        use_fast_variance: changes nothing: the variance is exact at the speed of the fast one.
+        force_float32_reductions: changes nothing: reductions and statistics are in float32 at least.
         running_var: which variance the running average takes: "biased", "unbiased" or "total".
         ghost_batch_size: normalize groups of this many examples on their own.
         activation: elementwise function, applied in float32 before the cast to `dtype`; it captures nothing traced.
+        frozen: True normalizes by the running statistics and updates nothing, whatever `use_running_average` says.
+        update_statistics: False leaves the running statistics as they are in training too; here or at the call.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -71,17 +73,16 @@ class BatchNorm(nn.Module):
     scale_init: Callable[..., Any] = nn.initializers.ones
     axis_name: AxisName | None = None
     axis_index_groups: IndexGroups | None = None
-    use_fast_variance: None = None
-    force_float32_reductions: None = None
+    use_fast_variance: bool = True
+    force_float32_reductions: bool = True
     running_var: str = "biased"
     ghost_batch_size: int | None = None
     activation: Callable[[jax.Array], jax.Array] | None = None
+    frozen: bool = False
+    update_statistics: bool = True
 
     def __post_init__(self) -> None:
-        """Refuse what is not needed."""
-        _flax.refuse_not_needed(
-            use_fast_variance=self.use_fast_variance, force_float32_reductions=self.force_float32_reductions
-        )
+        """Check the dtypes."""
         _flax.check_dtypes(dtype=self.dtype, param_dtype=self.param_dtype)
         super().__post_init__()
 
@@ -93,6 +94,7 @@ class BatchNorm(nn.Module):
         *,
         mask: ArrayLike | None = None,
         shortcut: ArrayLike | None = None,
+        update_statistics: bool | None = None,
     ) -> jax.Array:
         """Normalize x, and update `batch_stats` by its statistics unless they are used.
 
@@ -102,6 +104,7 @@ class BatchNorm(nn.Module):
             mask: boolean, True counts; the shape of x without its feature axes, or of the rank of x; any axis may be
                 1. Masked values change nothing and come out as 0.
             shortcut: float array of the shape of x, added before the activation: the join of a residual block.
+            update_statistics: False leaves `batch_stats` as they are; None is what the module says.
 
         Returns:
             The result, of the shape of x.
@@ -111,11 +114,11 @@ class BatchNorm(nn.Module):
             TypeError: a wrong kind or dtype of argument.
             ValueError: shapes or values that do not fit; or no `count` beside statistics that a schedule would update.
         """
-        averaged = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
-        x, features = _flax.checked_call(self, x, averaged)
-        train, initializing = not averaged, self.is_initializing()
+        averaged = self.use_running_average if self.frozen else self._averaged(use_running_average)
+        mode, initializing = _flax.checked_mode(self, averaged, update_statistics), self.is_initializing()
+        x, features = _flax.checked_call(self, x)
 
-        counted = _flax.reads_count(self) and (train or initializing)
+        counted = _flax.reads_count(self) if initializing else _flax.reads_count(self, mode)
         if counted and not initializing:
             self._check_count()
         mean = self.variable("batch_stats", "mean", jnp.zeros, features, jnp.float32)
@@ -129,12 +132,16 @@ class BatchNorm(nn.Module):
         dtype = canonicalize_dtype(*promoted, dtype=self.dtype)
         state = State(mean.value, var.value, None if count is None else count.value)
         inputs = {"x": x, "mask": mask, "shortcut": shortcut}
-        out, new_state = _flax.apply(self, Params(scale, bias), state, inputs, train, dtype, initializing=initializing)
-        if train and not initializing:
+        out, new_state = _flax.apply(self, Params(scale, bias), state, inputs, mode, dtype, initializing=initializing)
+        if mode.updates and not initializing:
             mean.value, var.value = new_state.mean, new_state.var
             if count is not None:
                 count.value = new_state.count
         return out
+
+    def _averaged(self, given: bool | None) -> bool | None:
+        """`use_running_average`, given once, at construction or at the call, as in Flax."""
+        return nn.merge_param("use_running_average", self.use_running_average, given)
 
     def _check_count(self) -> None:
         """Statistics from elsewhere have no count, and from a count of 0 a schedule would overwrite them."""

@@ -6,8 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from flax.nnx.nn.dtypes import canonicalize_dtype
+from flax.nnx.nn.dtypes import canonicalize_dtype, promote_dtype
+from flax.typing import PromoteDtypeFn
+from jax.core import Tracer
 from jax.nn import initializers
 from jax.typing import ArrayLike
 
@@ -26,7 +29,8 @@ class BatchNorm(nnx.Module):
     Variables are those of Flax, float32 `mean` and `var` as `nnx.BatchStat`, `scale` and `bias` as `nnx.Param`, so that
     checkpoints of either load into the other. A momentum schedule adds `count`, an `nnx.BatchStat` of the updates that
     each feature has had, float32 and of the shape of `mean`. After loading statistics without one, set it to the
-    updates that they stand for, as in `norm.count[...] = 10_000`, or the schedule starts from 0 and overwrites them.
+    updates that they stand for, as in `norm.count[...] = 10_000`: training refuses them otherwise, but inside of
+    nnx.jit, where values cannot be seen, the schedule starts from 0 and overwrites them.
 
     Args:
         num_features: the number of features, or their shape where several axes have statistics of their own.
@@ -42,17 +46,20 @@ class BatchNorm(nnx.Module):
         scale_init: initializer of the scale.
         axis_name: mapped axis or axes to share statistics over.
         axis_index_groups: places on that axis that share among themselves only.
-        use_fast_variance: refused, since the variance is exact at the speed of the fast one.
-        promote_dtype: refused, since the arithmetic is in float32 at least.
+        use_fast_variance: changes nothing: the variance is exact at the speed of the fast one.
+        promote_dtype: changes nothing: the arithmetic is in float32 at least.
         running_var: which variance the running average takes: "biased", "unbiased" or "total".
         ghost_batch_size: normalize groups of this many examples on their own.
         activation: elementwise function, applied in float32 before the cast to `dtype`; it captures nothing traced.
+        frozen: True normalizes by the running statistics and updates nothing, whatever `train()` or
+            `use_running_average` say; `model.set_attributes(jbn.nnx.BatchNorm, frozen=...)` changes it.
+        update_statistics: False leaves the running statistics as they are in training too; here or at the call.
         rngs: key of the initializers.
         bias_metadata: metadata of the bias variable.
         scale_metadata: metadata of the scale variable.
 
     Raises:
-        TypeError: an option of Flax that is not needed, sizes that are no ints, or rngs that are no nnx.Rngs.
+        TypeError: sizes that are no ints, dtypes that are not allowed, or rngs that are no nnx.Rngs.
         ValueError: a size is negative.
 
     Example:
@@ -84,17 +91,18 @@ class BatchNorm(nnx.Module):
         scale_init: Callable[..., Any] = initializers.ones,
         axis_name: AxisName | None = None,
         axis_index_groups: IndexGroups | None = None,
-        use_fast_variance: None = None,
-        promote_dtype: None = None,
+        use_fast_variance: bool = True,
+        promote_dtype: PromoteDtypeFn = promote_dtype,
         running_var: str = "biased",
         ghost_batch_size: int | None = None,
         activation: Callable[[jax.Array], jax.Array] | None = None,
+        frozen: bool = False,
+        update_statistics: bool = True,
         rngs: nnx.Rngs,
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
         scale_metadata: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         """Allocate the variables."""
-        _flax.refuse_not_needed(use_fast_variance=use_fast_variance, promote_dtype=promote_dtype)
         _flax.check_dtypes(dtype=dtype, param_dtype=param_dtype)
         features = _arguments.checked_features(num_features, "num_features")
         if (use_scale or use_bias) and not hasattr(rngs, "params"):
@@ -121,6 +129,10 @@ class BatchNorm(nnx.Module):
         self.running_var = running_var
         self.ghost_batch_size = ghost_batch_size
         self.activation = activation
+        self.frozen = frozen
+        self.update_statistics = update_statistics
+        # Read by nothing here: a model may ask its norms for the options of Flax.
+        self.use_fast_variance, self.promote_dtype = use_fast_variance, promote_dtype
 
     def __call__(
         self,
@@ -129,6 +141,7 @@ class BatchNorm(nnx.Module):
         *,
         mask: ArrayLike | None = None,
         shortcut: ArrayLike | None = None,
+        update_statistics: bool | None = None,
     ) -> jax.Array:
         """Normalize x, and update `mean` and `var` by its statistics unless they are used.
 
@@ -138,6 +151,7 @@ class BatchNorm(nnx.Module):
             mask: boolean, True counts; the shape of x without its feature axes, or of the rank of x; any axis may be
                 1. Masked values change nothing and come out as 0.
             shortcut: float array of the shape of x, added before the activation: the join of a residual block.
+            update_statistics: False leaves the running statistics as they are; None is what the module says.
 
         Returns:
             The result, of the shape of x.
@@ -145,24 +159,24 @@ class BatchNorm(nnx.Module):
         Raises:
             NameError: no transformation binds `axis_name`.
             TypeError: a wrong kind or dtype of argument.
-            ValueError: shapes or values that do not fit.
+            ValueError: shapes or values that do not fit; or statistics without a count, which a schedule would
+                overwrite. Inside of nnx.jit, which hides values, the latter is not seen.
         """
         averaged = self.use_running_average if use_running_average is None else use_running_average
-        x, features = _flax.checked_call(self, x, averaged)
+        mode = _flax.checked_mode(self, averaged, update_statistics)
+        x, features = _flax.checked_call(self, x)
         self._check_features(x, features)
-        if _flax.reads_count(self) and self.count is None:
-            raise ValueError(
-                "`momentum` or a bound is a schedule, but the module was made for numbers and has no `count`: give the "
-                "schedule at construction."
-            )
+        counted = _flax.reads_count(self, mode)
+        if counted:
+            self._check_count()
         params = Params(*(None if param is None else param[...] for param in (self.scale, self.bias)))
-        count = None if averaged or self.count is None else self.count[...]
+        count = self.count[...] if self.count is not None and (counted or mode.updates) else None
         state = State(self.mean[...], self.var[...], count)
         promoted = [array for array in (x, state.mean, state.var, *params) if array is not None]
         dtype = canonicalize_dtype(*promoted, dtype=self.dtype)
         inputs = {"x": x, "mask": mask, "shortcut": shortcut}
-        out, new_state = _flax.apply(self, params, state, inputs, not averaged, dtype)
-        if not averaged:
+        out, new_state = _flax.apply(self, params, state, inputs, mode, dtype)
+        if mode.updates:
             self.mean[...], self.var[...] = new_state.mean, new_state.var
             if self.count is not None:
                 self.count[...] = new_state.count
@@ -180,6 +194,24 @@ class BatchNorm(nnx.Module):
         # nnx.view_info reads the argument from this docstring, where it is indented by two.
         if use_running_average is not None:
             self.use_running_average = use_running_average
+
+    def _check_count(self) -> None:
+        """Statistics from elsewhere have no count, and from a count of 0 a schedule would overwrite them."""
+        if self.count is None:
+            raise ValueError(
+                "`momentum` or a bound is a schedule, but the module was made for numbers and has no `count`: give the "
+                "schedule at construction."
+            )
+        mean, var, count = (variable[...] for variable in (self.mean, self.var, self.count))
+        if any(isinstance(vector, Tracer) for vector in (mean, var, count)):
+            return
+        loaded = (np.asarray(mean) != 0) | (np.asarray(var) != 1)
+        if np.any(loaded & (np.asarray(count) == 0) & ~np.isneginf(var)):
+            raise ValueError(
+                "`count` is 0 beside a `mean` and `var` that are not those of a new module: a schedule would overwrite "
+                "them. Say how many updates they stand for, as in norm.count[...] = 10_000; or give numbers for "
+                "schedules."
+            )
 
     def _check_features(self, x: jax.Array, given: tuple[int, ...]) -> None:
         """The features that x has are those that the module was made for."""
@@ -207,7 +239,7 @@ class BatchRenorm(BatchNorm):
         **options: those of `BatchNorm`.
 
     Raises:
-        TypeError: an option of Flax that is not needed, sizes that are no ints, or rngs that are no nnx.Rngs.
+        TypeError: sizes that are no ints, dtypes that are not allowed, or rngs that are no nnx.Rngs.
         ValueError: a size is negative.
 
     Example:

@@ -88,7 +88,7 @@ def batch_norm(
     Source:
         Ioffe and Szegedy, Batch Normalization, 2015, algorithms 1 and 2.
     """
-    _arguments.check_train(train)
+    _arguments.check_flag("train", train, "batch statistics", "running statistics")
     options = {"epsilon": epsilon, "feature_axis": feature_axis, "activation": activation, "dtype": dtype}
     inputs, rule = checked_call(params, state, Inputs(x, mask, shortcut), train=train, **options)
     average, number = _scheduled.checked_average(momentum, running_var, state, train)

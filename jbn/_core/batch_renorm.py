@@ -100,7 +100,7 @@ def batch_renorm(
         Ioffe, Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models, 2017,
         algorithm 1 and section 4.2.
     """
-    _arguments.check_train(train)
+    _arguments.check_flag("train", train, "batch statistics", "running statistics")
     options = {"epsilon": epsilon, "feature_axis": feature_axis, "activation": activation, "dtype": dtype}
     inputs, rule = checked_call(params, state, Inputs(x, mask, shortcut), train=train, **options)
     average, number = _scheduled.checked_average(momentum, running_var, state, train)

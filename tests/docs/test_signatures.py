@@ -31,7 +31,6 @@ FLAX = {
     "jbn.linen.BatchNorm": (jbn.linen.BatchNorm, flax.linen.BatchNorm),
     "jbn.nnx.BatchNorm": (jbn.nnx.BatchNorm, flax.nnx.BatchNorm),
 }
-REFUSED = {"use_fast_variance", "force_float32_reductions", "promote_dtype"}
 
 
 def test_options_are_keywords_with_one_default():
@@ -57,7 +56,7 @@ def test_options_come_in_one_order():
 
 
 def test_flax_modules_take_what_those_of_flax_do():
-    """Names, order, how they are given, and defaults: but for options that are refused at any value."""
+    """Names, order, how they are given, and defaults."""
     offenders = []
     for (name, kinds), method in itertools.product(FLAX.items(), ("__init__", "__call__")):
         ours, theirs = (inspect.signature(getattr(kind, method)).parameters for kind in kinds)
@@ -65,7 +64,7 @@ def test_flax_modules_take_what_those_of_flax_do():
             offenders.append(f"{name}.{method} takes {list(ours)}, and Flax {list(theirs)}")
         shared = theirs.keys() & ours.keys()
         given = {key for key in shared if ours[key].kind != theirs[key].kind}
-        default = {key for key in shared if ours[key].default != theirs[key].default} ^ (REFUSED & theirs.keys())
+        default = {key for key in shared if ours[key].default != theirs[key].default}
         offenders += [f"{name}.{method} takes `{key}` in another way than Flax" for key in given]
         offenders += [f"{name}.{method}: the default of `{key}`" for key in default]
     assert not offenders, "\n".join(offenders)

@@ -169,20 +169,6 @@ def applied(x=MATRIX, module=jbn.linen.BatchNorm, dtype=np.float32, count=None, 
 
 
 REFUSED = {
-    "fast variance": Refused(
-        lambda: call(use_fast_variance=True),
-        TypeError,
-        "use_fast_variance",
-        "is True",
-        "not needed: jbn's variance is exact",
-    ),
-    "reductions": Refused(
-        lambda: call(force_float32_reductions=False),
-        TypeError,
-        "force_float32_reductions",
-        "is False",
-        "not needed: jbn reduces in",
-    ),
     "a number for a flag": Refused(
         lambda: call(use_running_average=1),
         TypeError,
@@ -228,7 +214,7 @@ REFUSED = {
         lambda: applied(momentum=SCHEDULE, count=jnp.int32(7)), ValueError, "count", "has shape ()", "jbn.upgrade(tree)"
     ),
     "half-precision statistics": Refused(
-        lambda: applied(dtype=jnp.bfloat16), TypeError, "mean.dtype", "is bfloat16", "expected float32 or float64"
+        lambda: applied(dtype=jnp.bfloat16), TypeError, "mean", "has dtype bfloat16", "cast the parameters alone"
     ),
 }
 

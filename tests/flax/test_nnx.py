@@ -148,16 +148,6 @@ def vector_of_2(key, shape, dtype):
 
 
 REFUSED = {
-    "fast variance": Refused(
-        lambda: call(use_fast_variance=False), TypeError, "use_fast_variance", "is False", "not needed: jbn's variance"
-    ),
-    "promotion": Refused(
-        lambda: call(promote_dtype=print),
-        TypeError,
-        "promote_dtype",
-        "is <built-in function print>",
-        "not needed: jbn normalizes in",
-    ),
     "no flag": Refused(
         lambda: call(use_running_average=None),
         ValueError,
