@@ -9,8 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-INPUT_DTYPES = ("float32", "float64", "bfloat16", "float16")
+from jbn._complex import is_complex
+
+INPUT_DTYPES = ("float32", "float64", "bfloat16", "float16", "complex64", "complex128")
 STATE_DTYPES = ("float32", "float64")
+STATISTICS = ("var", "count")
+"""Fields that are real for complex x too."""
 Numeric = int | float | np.generic | np.ndarray | jax.Array
 AxisName = str | tuple[str, ...]
 IndexGroups = Sequence[Sequence[int]]
@@ -29,7 +33,9 @@ class Axes(NamedTuple):
 
 
 def arithmetic_dtype(dtype: Any) -> Any:
-    """The dtype to compute in: float32 at least."""
+    """The dtype to compute in: float32, or complex64, at least."""
+    if is_complex(dtype):
+        return dtype
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
@@ -44,10 +50,25 @@ def checked_input(x: Any) -> jax.Array:
     except (TypeError, ValueError):
         raise TypeError(f"`x` is a {type(x).__name__}, which cannot be converted to an array: {allowed}.") from None
     if x.dtype.name not in INPUT_DTYPES:
-        complex_valued = jnp.issubdtype(x.dtype, jnp.complexfloating)
-        mend = "Normalize x.real and x.imag apart" if complex_valued else "Convert it first: x.astype(jnp.float32)"
-        raise TypeError(f"`x` has dtype {x.dtype.name}: {allowed}. {mend}.")
+        raise TypeError(f"`x` has dtype {x.dtype.name}: {allowed}. Convert it first: x.astype(jnp.float32).")
     return x
+
+
+def check_kinds(params: Any, state: Any, x: jax.Array, name: str = "x") -> None:
+    """The mean is complex where the input of this name is, and so may scale and bias be there."""
+    mean = jnp.result_type(state.mean)
+    if is_complex(mean) != is_complex(x):
+        wanted = "complex64 or complex128" if is_complex(x) else "a float dtype"
+        raise TypeError(
+            f"`state.mean` has dtype {mean.name}, but {name} has dtype {x.dtype.name}: expected {wanted}, as "
+            f"jbn.init(features, jnp.{arithmetic_dtype(x.dtype).name}) makes it."
+        )
+    for field, vector in params._asdict().items():
+        if vector is not None and is_complex(jnp.result_type(vector)) and not is_complex(x):
+            raise TypeError(
+                f"`params.{field}` has dtype {jnp.result_type(vector).name}, but {name} has dtype {x.dtype.name}: "
+                "expected a float dtype."
+            )
 
 
 def checked_axes(feature_axis: int | Sequence[int], ndim: int, name: str = "feature_axis", array: str = "x") -> Axes:
@@ -91,8 +112,9 @@ def check_vectors(name: str, vectors: Any, expected: tuple[int, ...], why: str) 
         if np.shape(vector) != expected:
             mend = "; jbn.upgrade(tree) gives each feature of older statistics its count" if field == "count" else ""
             raise ValueError(f"`{name}.{field}` has shape {np.shape(vector)}: expected {expected}, {why}{mend}.")
-        if not jnp.issubdtype(jnp.result_type(vector), jnp.floating):
-            raise TypeError(f"`{name}.{field}` has dtype {jnp.result_type(vector).name}: expected a float dtype.")
+        dtype = jnp.result_type(vector)
+        if not jnp.issubdtype(dtype, jnp.floating if field in STATISTICS else jnp.inexact):
+            raise TypeError(f"`{name}.{field}` has dtype {dtype.name}: expected a float dtype.")
 
 
 def is_array(value: Any) -> TypeGuard[Numeric]:
@@ -115,12 +137,18 @@ def checked_features(features: Any, name: str = "features") -> tuple[int, ...]:
 
 def checked_state_dtype(name: str, dtype: Any) -> Any:
     """Running statistics in half precision stop moving, so they are refused."""
-    if _dtype_name(dtype) not in STATE_DTYPES:
+    if not is_state_dtype(dtype):
         raise TypeError(
             f"`{name}` is {_dtype_name(dtype)}: expected {' or '.join(STATE_DTYPES)}, since running statistics "
             "lose small updates in half precision. For low-precision compute give x in that dtype instead."
         )
     return jnp.dtype(dtype)
+
+
+def is_state_dtype(dtype: Any) -> bool:
+    """Whether running statistics, or their real parts, are precise enough to be updated."""
+    name = _dtype_name(dtype)
+    return name in STATE_DTYPES or name.startswith("complex")
 
 
 def check_state_dtype(state: Any, name: str = "state") -> None:
@@ -169,8 +197,10 @@ def checked_shortcut(shortcut: Any, x: jax.Array) -> jax.Array | None:
             f"`shortcut` has shape {shortcut.shape}, but x has {x.shape}: expected the same shape. Project it first, "
             "as residual networks do with a convolution of size 1."
         )
-    if shortcut.dtype.name not in INPUT_DTYPES:
-        raise TypeError(f"`shortcut` has dtype {shortcut.dtype.name}: expected one of {', '.join(INPUT_DTYPES)}.")
+    if shortcut.dtype.name not in INPUT_DTYPES or is_complex(shortcut) != is_complex(x):
+        raise TypeError(
+            f"`shortcut` has dtype {shortcut.dtype.name}: expected {_of_kind(x.dtype)}, as x has {x.dtype.name}."
+        )
     return shortcut
 
 
@@ -222,12 +252,19 @@ def is_number(value: Any) -> bool:
 
 
 def checked_dtype(dtype: Any, default: Any, name: str = "dtype") -> Any:
-    """The dtype of the result, or of parameters."""
+    """The dtype of the result, complex where x is, whose dtype is the default; or any dtype of parameters."""
     if dtype is None:
         return default
     if _dtype_name(dtype) not in INPUT_DTYPES:
         raise TypeError(f"`{name}` is {_dtype_name(dtype)}: expected one of {', '.join(INPUT_DTYPES)}.")
+    if default is not None and is_complex(default) != is_complex(jnp.dtype(dtype)):
+        raise TypeError(f"`{name}` is {_dtype_name(dtype)}, but x has {default.name}: expected {_of_kind(default)}.")
     return jnp.dtype(dtype)
+
+
+def _of_kind(dtype: Any) -> str:
+    """The dtypes of input that are complex, or float, as this one is."""
+    return "one of " + ", ".join(name for name in INPUT_DTYPES if is_complex(jnp.dtype(name)) == is_complex(dtype))
 
 
 def _dtype_name(dtype: Any) -> str:

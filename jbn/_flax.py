@@ -100,7 +100,7 @@ def apply(
 def _check_state_dtype(state: State) -> None:
     """Half precision would lose the updates; what it came from is mostly a cast of a whole model."""
     for name, vector in state._asdict().items():
-        if vector is not None and vector.dtype.name not in _arguments.STATE_DTYPES:
+        if vector is not None and not _arguments.is_state_dtype(vector.dtype):
             raise TypeError(
                 f"`{name}` has dtype {vector.dtype.name}: expected {' or '.join(_arguments.STATE_DTYPES)} in training, "
                 "since small updates are lost in half precision. Where a whole model was cast, cast the parameters "

@@ -69,6 +69,7 @@ def fold(
     for name, value, kind in (("params", params, Params), ("state", state, State)):
         _arguments.check_type(name, value, kind)
         _arguments.check_vectors(name, value, features, why)
+    _arguments.check_kinds(params, state, kernel, "kernel")
     bias = jnp.zeros(features, kernel.dtype) if bias is None else _float_array("bias", bias)
     if bias.shape != features:
         raise ValueError(f"`bias` has shape {bias.shape}: expected {features}, {why}.")

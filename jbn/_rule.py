@@ -13,6 +13,7 @@ from jax.core import Tracer
 
 from jbn import _arguments
 from jbn._arguments import Axes, AxisName
+from jbn._complex import is_complex
 
 
 class Sharing(NamedTuple):
@@ -105,7 +106,8 @@ def _check_elementwise(activation: Callable[..., Any], shape: tuple[int, ...], d
             f"`activation` is {activation!r}, which captures a traced {captured[0].aval.str_short()}: its derivative "
             "would be lost. Give what is added as `shortcut`, or apply the activation to the result."
         )
-    if getattr(after, "shape", None) != shape or not jnp.issubdtype(after.dtype, jnp.floating):
+    kind = jnp.inexact if is_complex(before) else jnp.floating
+    if getattr(after, "shape", None) != shape or not jnp.issubdtype(after.dtype, kind):
         raise ValueError(f"`activation` turns {before.dtype.name}{list(shape)} into {after}: {ELEMENTWISE}.")
 
 

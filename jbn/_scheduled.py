@@ -10,6 +10,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jbn._arguments import RUNNING_VAR, check_concrete, check_hashable, is_number
+from jbn._complex import real_dtype
 
 
 class Average(NamedTuple):
@@ -84,7 +85,7 @@ def checked_average(momentum: Any, running_var: Any, state: Any, train: bool) ->
     """What of the moving average is fixed when it is traced, and the momentum, if it is a number."""
     if not isinstance(running_var, str) or running_var not in RUNNING_VAR:
         raise ValueError(f"`running_var` is {running_var!r}: expected one of {', '.join(map(repr, RUNNING_VAR))}.")
-    schedule, number = checked_schedule("momentum", momentum, jnp.result_type(state.mean), checked_momentum)
+    schedule, number = checked_schedule("momentum", momentum, real_dtype(jnp.result_type(state.mean)), checked_momentum)
     if train:
         check_counted(state, "momentum", schedule)
     heavy = None if schedule is not None or isinstance(number, Tracer) else bool(number >= 0.5)

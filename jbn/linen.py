@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from jbn import _flax
 from jbn._arguments import AxisName, IndexGroups
+from jbn._complex import is_complex
 from jbn._core.batch_renorm import PUBLISHED_D_MAX, PUBLISHED_R_MAX
 from jbn._core.state import Params, State
 from jbn.momentum import Schedule
@@ -99,7 +100,7 @@ class BatchNorm(nn.Module):
         """Normalize x, and update `batch_stats` by its statistics unless they are used.
 
         Args:
-            x: float32, float64, bfloat16 or float16 array.
+            x: float32, float64, bfloat16 or float16 array; or complex64 or complex128, whose mean is complex64.
             use_running_average: True normalizes by the running statistics; here or at construction.
             mask: boolean, True counts; the shape of x without its feature axes, or of the rank of x; any axis may be
                 1. Masked values change nothing and come out as 0.
@@ -121,7 +122,8 @@ class BatchNorm(nn.Module):
         counted = _flax.reads_count(self) if initializing else _flax.reads_count(self, mode)
         if counted and not initializing:
             self._check_count()
-        mean = self.variable("batch_stats", "mean", jnp.zeros, features, jnp.float32)
+        mean_dtype = jnp.complex64 if is_complex(x) else jnp.float32
+        mean = self.variable("batch_stats", "mean", jnp.zeros, features, mean_dtype)
         var = self.variable("batch_stats", "var", jnp.ones, features, jnp.float32)
         count = self.variable("batch_stats", "count", jnp.zeros, features, jnp.float32) if counted else None
         # Before Flax looks at the parameters' shapes, since it speaks of their initializers.

@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 
 from jbn import _arguments, _flax
 from jbn._arguments import AxisName, IndexGroups
+from jbn._complex import is_complex
 from jbn._core.batch_renorm import PUBLISHED_D_MAX, PUBLISHED_R_MAX
 from jbn._core.state import Params, State
 from jbn.momentum import Schedule
@@ -39,6 +40,7 @@ class BatchNorm(nnx.Module):
         momentum: share of the old value kept at an update, or a schedule from a feature's count of updates to it.
         epsilon: added to the variance.
         dtype: dtype of the result; None is the one to which x, the statistics, scale and bias promote, as in Flax.
+            A complex one makes the mean complex64, for complex x.
         param_dtype: dtype of scale and bias.
         use_bias: whether there is a bias.
         use_scale: whether there is a scale.
@@ -107,7 +109,9 @@ class BatchNorm(nnx.Module):
         features = _arguments.checked_features(num_features, "num_features")
         if (use_scale or use_bias) and not hasattr(rngs, "params"):
             raise TypeError(f"`rngs` is a {type(rngs).__name__} without a stream `params`: expected nnx.Rngs(0).")
-        self.mean = nnx.BatchStat(jnp.zeros(features, jnp.float32))
+        # What x will be is not known here.
+        complex_input = any(dtype is not None and is_complex(jnp.dtype(dtype)) for dtype in (dtype, param_dtype))
+        self.mean = nnx.BatchStat(jnp.zeros(features, jnp.complex64 if complex_input else jnp.float32))
         self.var = nnx.BatchStat(jnp.ones(features, jnp.float32))
         self.momentum = momentum
         self.count = nnx.data(nnx.BatchStat(jnp.zeros(features, jnp.float32)) if _flax.reads_count(self) else None)
@@ -146,7 +150,8 @@ class BatchNorm(nnx.Module):
         """Normalize x, and update `mean` and `var` by its statistics unless they are used.
 
         Args:
-            x: float32, float64, bfloat16 or float16 array.
+            x: float32, float64, bfloat16 or float16 array; or complex64 or complex128, for a module with a complex
+                `dtype`.
             use_running_average: True normalizes by the running statistics; None is what the module says.
             mask: boolean, True counts; the shape of x without its feature axes, or of the rank of x; any axis may be
                 1. Masked values change nothing and come out as 0.
@@ -215,6 +220,11 @@ class BatchNorm(nnx.Module):
 
     def _check_features(self, x: jax.Array, given: tuple[int, ...]) -> None:
         """The features that x has are those that the module was made for."""
+        if is_complex(x) and not is_complex(self.mean[...]):
+            raise TypeError(
+                f"`x` has dtype {x.dtype.name}, but the module was made for real x: give dtype=jnp.complex64 at "
+                "construction."
+            )
         expected = self.mean[...].shape
         if given != expected:
             raise ValueError(

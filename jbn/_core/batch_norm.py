@@ -11,7 +11,8 @@ from jax.typing import ArrayLike
 
 from jbn import _arguments, _scheduled
 from jbn._arguments import Axes, AxisName, IndexGroups
-from jbn._core.moments import ShiftedMoments, by_feature, merge_shared, merge_stacked
+from jbn._complex import cast, real_dtype
+from jbn._core.moments import ShiftedMoments, by_feature, merge_shared, merge_stacked, wide
 from jbn._core.sharing import split_as
 from jbn._core.standardize import Affine, Inputs, rstd_of, standardize, transform
 from jbn._core.state import Params, State, moved
@@ -46,7 +47,8 @@ def batch_norm(
     Args:
         params: scale and bias of the feature shape; either may be None.
         state: running mean, variance and count of updates; training output does not depend on it.
-        x: float32, float64, bfloat16 or float16 array; the arithmetic is in float32 at least.
+        x: float32, float64, bfloat16 or float16 array; the arithmetic is in float32 at least. Or complex64 or
+            complex128, with a state of `init(features, jnp.complex64)`: the variance is the mean of |x - mean|**2.
         train: a Python bool; True normalizes by the batch and updates the state.
         momentum: share of the old value kept at an update, or a schedule from a feature's count of updates, an
             int32 scalar, to it.
@@ -174,11 +176,11 @@ def normalize_by_batch(
 def normalize_by_state(rule: Rule, params: Params, state: State, inputs: Inputs) -> jax.Array:
     """Normalize by the running statistics; the backward pass stores x in its own dtype, as in training."""
     x = inputs.x
-    mean, var = aligned(rule, state.mean, x), aligned(rule, state.var, x)
+    mean, var = aligned(rule, state.mean, x), cast(aligned(rule, state.var, x), real_dtype(wide(x).dtype))
     affine = Affine(aligned(rule, params.scale, x, missing=1), aligned(rule, params.bias, x, missing=0))
     running = ShiftedMoments(shift=mean, offset=None, var=var, count=None)
     apply = jax.checkpoint(functools.partial(transform, rule), prevent_cse=False)
-    return apply(inputs, running, rstd_of(var, rule.epsilon), affine)
+    return apply(inputs, running, cast(rstd_of(var, rule.epsilon), affine.scale.dtype), affine)
 
 
 def _in_ghost_batches(rule: Rule, inputs: Inputs) -> tuple[Rule, Inputs]:
@@ -209,6 +211,7 @@ def checked_call(params: Any, state: Any, inputs: Inputs, *, train: bool, **opti
     why = f"as x of shape {tuple(x.shape)} has it on `feature_axis` {rule.axes.feature}; jbn.init({features}) makes it"
     for name, vectors in (("params", params), ("state", state)):
         _arguments.check_vectors(name, vectors, features, why)
+    _arguments.check_kinds(params, state, x)
     if train:
         _arguments.check_state_dtype(state)
     mask = _arguments.checked_mask(inputs.mask, x.shape, rule.axes)

@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 
 from jbn import _arguments, _scheduled, renorm
 from jbn._arguments import AxisName, IndexGroups
+from jbn._complex import is_complex
 from jbn._core.batch_norm import Activation, checked_call, normalize_by_batch, normalize_by_state
 from jbn._core.moments import ShiftedMoments
 from jbn._core.standardize import Affine, Inputs
@@ -103,6 +104,8 @@ def batch_renorm(
     _arguments.check_flag("train", train, "batch statistics", "running statistics")
     options = {"epsilon": epsilon, "feature_axis": feature_axis, "activation": activation, "dtype": dtype}
     inputs, rule = checked_call(params, state, Inputs(x, mask, shortcut), train=train, **options)
+    if is_complex(inputs.x):
+        raise TypeError(f"`x` has dtype {inputs.x.dtype.name}: expected a float dtype; jbn.batch_norm takes complex x.")
     average, number = _scheduled.checked_average(momentum, running_var, state, train)
     r_schedule, r_number = checked_bound("r_max", r_max, state, train)
     d_schedule, d_number = checked_bound("d_max", d_max, state, train)

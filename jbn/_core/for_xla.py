@@ -1,12 +1,15 @@
 """Workarounds for XLA, each beside its plain twin, which gives the same values: the algorithm reads without them."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from jbn._complex import by_parts
 
 _chosen: list[str] = []
 
@@ -61,4 +64,5 @@ def rounded_once(center: jax.Array) -> jax.Array:
     reduce_precision, which no bit survives unrounded, all uses have the same center.
     """
     form = jnp.finfo(center.dtype)
-    return center if _chosen[-1:] == ["plain"] else lax.reduce_precision(center, form.nexp, form.nmant - 1)
+    round_ = functools.partial(lax.reduce_precision, exponent_bits=form.nexp, mantissa_bits=form.nmant - 1)
+    return center if _chosen[-1:] == ["plain"] else by_parts(round_, center)

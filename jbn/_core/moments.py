@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 
 from jbn import _arguments
 from jbn._arguments import AxisName, IndexGroups
+from jbn._complex import by_parts, cast, inner, real_dtype
 from jbn._core import for_xla
 from jbn._core.sharing import every_part, indexed_automatically, sum_over
 from jbn._rule import Rule, Sharing, checked_rule, training_rule
@@ -147,8 +148,8 @@ def merge(*moments: Moments) -> Moments:
 def _moments(rule: Rule, x: jax.Array, mask: jax.Array | None) -> Moments:
     """The moments of the feature shape; their derivative stores only the input."""
     if 0 in x.shape:
-        nothing = [jnp.zeros(rule.axes.features(x.shape), wide(x).dtype) for _ in range(3)]
-        return Moments(*nothing)
+        dtype, features = wide(x).dtype, rule.axes.features(x.shape)
+        return Moments(jnp.zeros(features, dtype), *(jnp.zeros(features, real_dtype(dtype)) for _ in range(2)))
     batch = jax.checkpoint(batch_moments, static_argnums=0, prevent_cse=False)(rule, x, mask)
     return by_feature(batch)
 
@@ -158,7 +159,7 @@ def batch_moments(rule: Rule, x: jax.Array, mask: jax.Array | None) -> ShiftedMo
     if mask is None:
         size = math.prod(x.shape[axis] for axis in rule.reduced)
         # A NumPy scalar is a constant to XLA; a symbolic size is known when the program runs.
-        count = np.asarray(size, wide(x).dtype) if isinstance(size, int) else jnp.asarray(size, wide(x).dtype)
+        count = (np if isinstance(size, int) else jnp).asarray(size, real_dtype(wide(x).dtype))
         about_a_row = functools.partial(_about_a_row, rule.reduced, count)
         about_zero = functools.partial(_about_zero_first, rule.reduced, count)
         batch = ShiftedMoments(*for_xla.by_platform(about_a_row, x, tpu=about_zero), count=count)
@@ -174,12 +175,12 @@ def batch_moments(rule: Rule, x: jax.Array, mask: jax.Array | None) -> ShiftedMo
 def _about(reduced: tuple[int, ...], count: Any, shift: jax.Array, x: jax.Array, mask: Any = None) -> list[jax.Array]:
     """The shift, the offset of the mean from it, and the biased variance, whose error grows with offset**2 / var.
 
-    z = x - shift,  offset = mean(z),  var = mean(z**2) - offset**2
+    z = x - shift,  offset = mean(z),  var = mean(|z|**2) - |offset|**2
     """
     shift = lax.stop_gradient(shift)  # the moments do not depend on it
     z = zero_masked(wide(x) - lax.expand_dims(shift, reduced), mask)
-    offset, mean_square = (jnp.sum(v, reduced) / count for v in (z, z * z))
-    return [shift, offset, jnp.maximum(mean_square - offset * offset, 0)]
+    offset, mean_square = (jnp.sum(v, reduced) / cast(count, v.dtype) for v in (z, inner(z, z)))
+    return [shift, offset, jnp.maximum(mean_square - inner(offset, offset), 0)]
 
 
 def _about_a_row(reduced: tuple[int, ...], count: Any, x: jax.Array) -> list[jax.Array]:
@@ -199,7 +200,7 @@ def _about_zero_first(reduced: tuple[int, ...], count: Any, x: jax.Array) -> lis
     first = _about(reduced, count, zero, x)
     _, mean, var = first
     # The variance's error is at most about 9 units of rounding while mean**2 <= 8 var; written so that NaN is lost too.
-    lost = jnp.any(~(mean * mean <= 8 * var) | ~lax.is_finite(var))
+    lost = jnp.any(~(inner(mean, mean) <= 8 * var) | ~lax.is_finite(var))
     again = functools.partial(_about, reduced, count)
     return lax.cond(lost, lambda x, first: again(for_xla.rounded_once(first[1]), x), lambda x, first: first, x, first)
 
@@ -207,9 +208,9 @@ def _about_zero_first(reduced: tuple[int, ...], count: Any, x: jax.Array) -> lis
 def _of_valid(reduced: tuple[int, ...], x: jax.Array, mask: jax.Array) -> ShiftedMoments:
     """Moments of the values that the mask marks, in two passes: their mean, and the moments about it."""
     repeats = math.prod(x.shape[axis] for axis in reduced if mask.shape[axis] == 1)
-    count = jnp.sum(mask, reduced, dtype=jnp.int32).astype(wide(x).dtype) * repeats
+    count = jnp.sum(mask, reduced, dtype=jnp.int32).astype(real_dtype(wide(x).dtype)) * repeats
     divisor = jnp.maximum(count, 1)
-    mean = for_xla.rounded_once(jnp.sum(zero_masked(wide(x), mask), reduced) / divisor)
+    mean = for_xla.rounded_once(jnp.sum(zero_masked(wide(x), mask), reduced) / cast(divisor, wide(x).dtype))
     return ShiftedMoments(*_about(reduced, divisor, mean, x, mask), count=count)
 
 
@@ -232,8 +233,12 @@ def near_the_data(x: jax.Array, reduced: tuple[int, ...]) -> jax.Array:
         rows = [lax.slice_in_dim(x, at, at + 1, axis=along) for at in (size // 4, size // 2, 3 * size // 4)]
     else:  # a symbolic size: dynamic slices beyond the end give the last row
         rows = [lax.dynamic_slice_in_dim(x, at, 1, axis=along) for at in range(3)]
-    a, b, c = map(wide, rows)
-    return lax.squeeze(lax.max(lax.min(a, b), lax.min(lax.max(a, b), c)), reduced)
+    return lax.squeeze(by_parts(_median, *map(wide, rows)), reduced)
+
+
+def _median(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
+    """The median of three."""
+    return lax.max(lax.min(a, b), lax.min(lax.max(a, b), c))
 
 
 def merge_shared(sharing: Sharing, local: ShiftedMoments) -> ShiftedMoments:
@@ -258,16 +263,17 @@ def _merged(part: ShiftedMoments, add: Callable[[Sequence[jax.Array]], Sequence[
     """The moments of the union of parts, where `add` sums over the parts.
 
     n = sum(n_i),  center = sum(n_i * mean_i) / n,  d_i = mean_i - center,
-    mean = center + sum(n_i * d_i) / n,  var = sum(n_i * (var_i + d_i**2)) / n - (sum(n_i * d_i) / n)**2
+    mean = center + sum(n_i * d_i) / n,  var = sum(n_i * (var_i + |d_i|**2)) / n - |sum(n_i * d_i) / n|**2
     """
-    count, total = add((part.count, part.count * mean_of(part)))
+    weight = cast(part.count, part.shift.dtype)
+    count, total = add((part.count, weight * mean_of(part)))
     divisor = jnp.where(count > 0, count, jnp.ones_like(count))
-    center = for_xla.rounded_once(lax.stop_gradient(total / divisor))  # any center gives the same moments
+    center = for_xla.rounded_once(lax.stop_gradient(total / cast(divisor, total.dtype)))  # any gives the same moments
     distance = part.shift - center if part.offset is None else (part.shift - center) + part.offset
     distance = jnp.where(part.count > 0, distance, jnp.zeros_like(distance))
-    sums = add((part.count * distance, part.count * (part.var + distance * distance)))
-    offset, mean_square = (value / divisor for value in sums)
-    return ShiftedMoments(center, offset, jnp.maximum(mean_square - offset * offset, 0), count)
+    sums = add((weight * distance, part.count * (part.var + inner(distance, distance))))
+    offset, mean_square = (value / cast(divisor, value.dtype) for value in sums)
+    return ShiftedMoments(center, offset, jnp.maximum(mean_square - inner(offset, offset), 0), count)
 
 
 def by_feature(batch: ShiftedMoments) -> Moments:
@@ -294,7 +300,7 @@ def centered(reduced: tuple[int, ...], x: jax.Array, mask: jax.Array | None, bat
 
 
 def wide(x: jax.Array) -> jax.Array:
-    """x in the dtype of the arithmetic: float32 at least."""
+    """x in the dtype of the arithmetic: float32, or complex64, at least."""
     return lax.convert_element_type(x, _arguments.arithmetic_dtype(x.dtype))
 
 

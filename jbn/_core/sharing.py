@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jbn._complex import cast
 from jbn._rule import Sharing
 
 FEW = 16
@@ -73,9 +74,12 @@ def _where(chosen: jax.Array, rows: jax.Array) -> jax.Array:
 
 def _in_one_row(arrays: Sequence[jax.Array], collective: Callable[[jax.Array], jax.Array]) -> tuple[jax.Array, ...]:
     """What a collective makes of arrays that are sent as one row: a row, or rows, cut into arrays of their shapes."""
-    rows = collective(jnp.concatenate([jnp.ravel(array) for array in arrays]))
+    dtype = max((array.dtype for array in arrays), key=lambda dtype: dtype.itemsize)
+    rows = collective(jnp.concatenate([jnp.ravel(cast(array, dtype)) for array in arrays]))
     cut = jnp.split(rows, np.cumsum([array.size for array in arrays])[:-1], axis=-1)
-    return tuple(part.reshape(*rows.shape[:-1], *array.shape) for part, array in zip(cut, arrays, strict=True))
+    return tuple(
+        cast(part, array.dtype).reshape(*rows.shape[:-1], *array.shape) for part, array in zip(cut, arrays, strict=True)
+    )
 
 
 def indexed_automatically(function: Callable[[jax.Array], Any], x: jax.Array, reduced: tuple[int, ...]) -> jax.Array:

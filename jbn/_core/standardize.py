@@ -11,6 +11,8 @@ so that the tangent of xc * a + bias has three terms,
     a * t + xc * along + constant,
     along = (scale_t - a * rstd * mean(xc * t)) * rstd,  constant = bias_t - a * mean(t).
 
+In complex arithmetic, xc * t inside of a mean stands for the real part of conj(xc) * t, and the variance is real.
+
 The means are factored out of the elementwise line, so that its transpose, the backward pass, has two reductions: with g
 the cotangent, after the slope of the activation, and xhat = xc * rstd,
 
@@ -25,6 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
+from jbn._complex import cast, inner, is_complex
 from jbn._core import for_xla
 from jbn._core.moments import ShiftedMoments, batch_moments, centered, wide, zero_masked
 from jbn._core.sharing import sum_over
@@ -62,7 +65,7 @@ def _standardize(rule: Rule, inputs: Inputs, affine: Affine, target: Any) -> tup
     `target` is what `rule.correction` of batch renormalization reads besides the batch: the state, and numbers.
     """
     batch = batch_moments(rule, inputs.x, inputs.mask)
-    rstd = rstd_of(batch.var, rule.epsilon)
+    rstd = cast(rstd_of(batch.var, rule.epsilon), affine.scale.dtype)
     if rule.correction is not None:
         affine = rule.correction(rule.epsilon, batch, target, affine)
     return transform(rule, inputs, batch, rstd, affine), batch, rstd
@@ -103,7 +106,8 @@ def _standardize_jvp(rule: Rule, primals: Any, tangents: Any) -> Any:
     if rule.correction is not None:
         affine, affine_t = (rule.correction(rule.epsilon, batch, target, each) for each in (affine, affine_t))
     # The slope of relu after a join is read off the result, which is stored anyway, as the input of the next layer.
-    result = out if inputs.shortcut is not None and rule.activation is jax.nn.relu else None
+    of_result = inputs.shortcut is not None and rule.activation is jax.nn.relu and not is_complex(out)
+    result = out if of_result else None
     inputs = inputs if result is None else inputs._replace(shortcut=None)
     # checkpoint stores its arguments alone: x in its own dtype, and vectors. Without its barrier (prevent_cse), what it
     # computes again fuses with the backward pass.
@@ -117,16 +121,16 @@ def _tangent(rule: Rule, kept: Residuals, inputs_t: Inputs, affine_t: Affine) ->
     spread = functools.partial(lax.expand_dims, dimensions=rule.reduced)
     xc, a = centered(rule.reduced, x, mask, kept.batch), kept.affine.scale * kept.rstd
     if inputs_t.x is None:
-        of_x, mean_t, covariance = [], jnp.zeros_like(a), jnp.zeros_like(a)
+        of_x, mean_t, covariance = [], jnp.zeros_like(a), jnp.zeros_like(kept.batch.var)
     else:
         # Masked for each use: in the transpose a sum comes last, which XLA computes once on a CPU, and not a select.
         wide_t = wide(inputs_t.x)
         t, again = (zero_masked(wide_t, mask) for _ in range(2))
-        sums = [jnp.sum(array, rule.reduced) for array in (t, xc * t)]
+        sums = [jnp.sum(array, rule.reduced) for array in (t, inner(xc, t))]
         sums = sums if rule.sharing is None else sum_over(rule.sharing, sums)
         count = kept.batch.count if jnp.ndim(kept.batch.count) == 0 else jnp.maximum(kept.batch.count, 1)
-        of_x, mean_t, covariance = [spread(a) * again], *(total / count for total in sums)
-    along = (affine_t.scale - a * kept.rstd * covariance) * kept.rstd
+        of_x, mean_t, covariance = [spread(a) * again], *(total / cast(count, total.dtype) for total in sums)
+    along = (affine_t.scale - a * kept.rstd * cast(covariance, a.dtype)) * kept.rstd
     terms = [*of_x, xc * spread(along), spread(affine_t.bias - a * mean_t)]
     shortcut_t = None if inputs_t.shortcut is None else zero_masked(inputs_t.shortcut, mask)
     if rule.activation is None or kept.result is not None:

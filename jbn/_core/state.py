@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 
 from jbn import _arguments, _scheduled
+from jbn._complex import cast, inner, is_complex, is_finite, real_dtype
 from jbn._core.moments import Moments
 from jbn._core.sharing import split_as
 from jbn._rule import Numbers
@@ -38,7 +39,7 @@ class State(NamedTuple):
     """What is remembered: the running statistics, which inference depends on, and training by `batch_norm` does not.
 
     Attributes:
-        mean: float32 or float64 array of the feature shape.
+        mean: float32 or float64 array of the feature shape; complex64 or complex128 for complex x.
         var: float32 or float64 array of the feature shape; -inf where it is not known yet (see `unset`).
         count: float32 array of the feature shape, the updates that each feature has had; None where no schedule
             reads it.
@@ -60,13 +61,14 @@ def init(features: int | Sequence[int], dtype: Any = jnp.float32) -> tuple[Param
 
     Args:
         features: the number of features, or their shape where several axes have statistics of their own.
-        dtype: float32 or float64, of all arrays but `count`, which is float32.
+        dtype: float32 or float64, of all arrays but `count`, which is float32. complex64 or complex128, for complex x,
+            makes scale, bias and mean complex.
 
     Returns:
         Params and State; no two of their arrays share a buffer, so that both can be donated.
 
     Raises:
-        TypeError: features are no ints, or dtype is not float32 or float64.
+        TypeError: features are no ints, or dtype is none of these.
         ValueError: a size is negative.
 
     Example:
@@ -81,7 +83,8 @@ def init(features: int | Sequence[int], dtype: Any = jnp.float32) -> tuple[Param
     shape = _arguments.checked_features(features)
     dtype = _arguments.checked_state_dtype("dtype", dtype)
     params = Params(scale=jnp.ones(shape, dtype), bias=jnp.zeros(shape, dtype))
-    state = State(mean=jnp.zeros(shape, dtype), var=jnp.ones(shape, dtype), count=jnp.zeros(shape, jnp.float32))
+    var = jnp.ones(shape, real_dtype(dtype))
+    state = State(mean=jnp.zeros(shape, dtype), var=var, count=jnp.zeros(shape, jnp.float32))
     return params, state
 
 
@@ -136,11 +139,12 @@ def moved(average: Average, old: State, batch: Moments, numbers: Numbers, may_be
 
     new = momentum * old + (1 - momentum) * batch
     """
-    dtype = jnp.result_type(old.mean)
+    dtype = real_dtype(jnp.result_type(old.mean))
+    kinds = jnp.result_type(old.mean), dtype, dtype
     old = old._replace(var=lax.convert_element_type(old.var, dtype))
     # Split as the state is, so that this can be carried through a loop.
     axes = range(old.mean.ndim)
-    batch = Moments(*(split_as(lax.convert_element_type(value, dtype), old.mean, axes) for value in batch))
+    batch = Moments(*(split_as(cast(value, like), old.mean, axes) for value, like in zip(batch, kinds, strict=True)))
     momentum = numbers.momentum
     if average.schedule is not None:
         momentum = jnp.clip(_scheduled.scheduled("momentum", average.schedule, old.count, dtype), 0, 1)
@@ -155,8 +159,9 @@ def moved(average: Average, old: State, batch: Moments, numbers: Numbers, may_be
     mean = _averaged(average, weights, start_mean, batch.mean)
     var = _averaged(average, weights, start_var, batch_var)
     if average.running_var == "total":
-        var = var + weights[0] * weights[1] * jnp.square(batch.mean - start_mean)
-    moves = lax.is_finite(mean) & lax.is_finite(var)
+        step = batch.mean - start_mean
+        var = var + weights[0] * weights[1] * inner(step, step)
+    moves = is_finite(mean) & is_finite(var)
     moves = moves & (batch.count >= needed) if needed else moves
     count = None if old.count is None else old.count + moves.astype(old.count.dtype)
     return lax.stop_gradient(State(lax.select(moves, mean, old.mean), lax.select(moves, var, old.var), count))
@@ -167,7 +172,7 @@ _moved = jax.jit(moved, static_argnums=(0, 4), inline=True)
 
 def _averaged(average: Average, weights: tuple[Any, Any], old: jax.Array, batch: jax.Array) -> jax.Array:
     """The weighted average of two values, from the one with the larger weight, so that no digits are lost."""
-    of_old, of_batch = weights
+    of_old, of_batch = weights if not is_complex(old) else (cast(weight, old.dtype) for weight in weights)
     if average.heavy is None:
-        return jnp.where(of_old < 0.5, batch + of_old * (old - batch), old + of_batch * (batch - old))
+        return jnp.where(weights[0] < 0.5, batch + of_old * (old - batch), old + of_batch * (batch - old))
     return old + of_batch * (batch - old) if average.heavy else batch + of_old * (old - batch)

@@ -153,12 +153,13 @@ def _placed(value: Any, leaf: Any) -> jax.Array:
 def _merged(total: Population, given: np.ndarray, fields: Mapping[str, Any]) -> Population:
     """The union of all batches so far and one more, which in features that it left unset has weight 0."""
     known = usable(fields)
-    mean, var = (np.where(known, fields[field], 0).astype(np.float64) for field in ("mean", "var"))
+    mean, var = (np.where(known, fields[field], 0) for field in ("mean", "var"))
+    mean, var = (value.astype(np.result_type(value, np.float64)) for value in (mean, var))
     added = np.where(known, given, 0)
     weight = total.weight + added
     share = added / np.where(weight > 0, weight, 1)
     distance = mean - total.mean
-    merged = (1 - share) * total.var + share * var + share * (1 - share) * np.square(distance)
+    merged = (1 - share) * total.var + share * var + share * (1 - share) * np.square(np.abs(distance))
     return Population(weight, total.mean + share * distance, merged, total.batches + (added > 0))
 
 

@@ -1,4 +1,4 @@
-"""One state from those of replicas that trained without sharing their statistics."""
+"""One tree of statistics from those of replicas that trained without sharing theirs."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,29 +10,31 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jbn import _arguments
+from jbn._complex import cast, real_dtype
 from jbn._core.moments import ShiftedMoments, mean_of, merge_stacked
-from jbn._core.state import State
+from jbn._statistics import nodes
 
 
-def merge_states(*states: State, weights: Sequence[ArrayLike] | None = None) -> State:
+def merge_states(*trees: Any, weights: Sequence[ArrayLike] | None = None) -> Any:
     """The running statistics of replicas as those of one population, by the law of total variance.
 
-    mean = sum(w_i * mean_i),  var = sum(w_i * (var_i + (mean_i - mean)**2)),  w = weights / sum(weights)
+    mean = sum(w_i * mean_i),  var = sum(w_i * (var_i + |mean_i - mean|**2)),  w = weights / sum(weights)
 
     The average of the variances alone would lose the spread of the means.
 
     Args:
-        *states: running statistics of one feature shape; one that is unset in a feature says nothing about it.
-        weights: a number of at least 0 for each state, as the examples that it saw; None weighs them the same. A state
+        *trees: running statistics with the same nodes: states, or whole trees that have `mean` and `var` in some nodes,
+            as variables of Linen or `nnx.state` of a model. What is unset in a feature says nothing about it.
+        weights: a number of at least 0 for each tree, as the examples that it saw; None weighs them the same. A tree
             of weight 0 changes nothing but the count, whatever it holds.
 
     Returns:
-        State of the same shape, not differentiated; `count` is the largest one of each feature. What is unset in all
-        states stays so.
+        The first tree with the merged statistics, not differentiated; `count` is the largest one of each feature. What
+        is unset in all trees stays so, and leaves that are no statistics are those of the first tree.
 
     Raises:
-        TypeError: something that is no State, or weights that are no numbers.
-        ValueError: no states, states of different shapes, or weights that do not fit.
+        TypeError: statistics in half precision, or weights that are no numbers.
+        ValueError: no trees, nodes or shapes that differ, no statistics, or weights that do not fit.
 
     Example:
         >>> import jax
@@ -45,9 +47,7 @@ def merge_states(*states: State, weights: Sequence[ArrayLike] | None = None) -> 
 
         Whole models, and replicas that are stacked along a first axis, as pmap leaves them:
 
-        >>> models = [{"stem": left}, {"stem": right}]
-        >>> is_state = lambda node: isinstance(node, jbn.State)
-        >>> print(jax.tree.map(lambda *states: jbn.merge_states(*states), *models, is_leaf=is_state)["stem"].var)
+        >>> print(jbn.merge_states({"stem": left}, {"stem": right})["stem"].var)
         [5.]
         >>> stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), left, right)
         >>> print(jbn.merge_states(*map(jbn.State._make, zip(*stacked))).var)
@@ -56,49 +56,80 @@ def merge_states(*states: State, weights: Sequence[ArrayLike] | None = None) -> 
     Source:
         Chan, Golub and LeVeque, Updating Formulae and a Pairwise Algorithm for Computing Sample Variances, 1979.
     """
-    dtype = _checked_dtype(states)
-    mean, var = (jnp.stack([jnp.asarray(state[field]).astype(dtype) for state in states]) for field in (0, 1))
-    weight = _checked_weights(weights, len(states), dtype).reshape(-1, *[1] * (mean.ndim - 1))
-    weight = jnp.where(jnp.isneginf(var), jnp.zeros((), dtype), weight)
-    mean, var = (jnp.where(weight > 0, leaf, jnp.zeros((), dtype)) for leaf in (mean, var))
-    merged = merge_stacked(ShiftedMoments(shift=mean, offset=None, var=var, count=weight))
+    if not trees:
+        raise ValueError("`merge_states` got no trees: expected at least one with statistics, such as a jbn.State.")
+    forests = [nodes.find(tree, f"`trees[{number}]`") for number, tree in enumerate(trees)]
+    merged = {}
+    for path in forests[0].nodes:
+        replicas = [_checked(forests, number, path) for number in range(len(forests))]
+        merged[path] = _merged(replicas, _checked_weights(weights, len(trees), replicas[0]["var"].dtype))
+    return forests[0].replaced(jax.lax.stop_gradient(merged))
+
+
+def _checked(forests: list[nodes.Forest], number: int, path: nodes.Path) -> dict[str, jax.Array]:
+    """The statistics of a node in one of the trees, as arrays that fit those of the first."""
+    first, forest = forests[0], forests[number]
+    name = f"`trees[{number}]` at {nodes.shown(path) or 'the root'}"
+    if forest.nodes.keys() != first.nodes.keys():
+        other = [nodes.shown(path) or "the root" for path in sorted(first.nodes.keys() ^ forest.nodes.keys(), key=str)]
+        raise ValueError(
+            f"`trees[{number}]` and `trees[0]` hold other norms, expected the same: only one of them has "
+            f"{', '.join(other)}."
+        )
+    fields, like = ({field: jnp.asarray(leaf) for field, leaf in tree.at(path).items()} for tree in (forest, first))
+    if fields.keys() != like.keys():
+        raise ValueError(f"{name} has {', '.join(fields)}: expected {', '.join(like)}, as `trees[0]` has there.")
+    for field, leaf in fields.items():
+        if leaf.shape != like[field].shape or like["var"].shape != like["mean"].shape:
+            raise ValueError(
+                f"{name} has `{field}` of shape {leaf.shape}: expected {like['mean'].shape}, as `trees[0]` has it."
+            )
+        if field != "count" and not _arguments.is_state_dtype(leaf.dtype):
+            raise TypeError(
+                f"{name} has `{field}` in {leaf.dtype.name}: expected float32 or float64, since sums of squares lose "
+                "digits in less. Convert it by `.astype`."
+            )
+    return fields
+
+
+def _merged(replicas: list[dict[str, jax.Array]], weights: jax.Array) -> dict[str, jax.Array]:
+    """The statistics of one node."""
+    stacked = {field: jnp.stack(_in_one_dtype([fields[field] for fields in replicas])) for field in replicas[0]}
+    var = stacked["var"]
+    weight = jnp.expand_dims(weights, range(1, var.ndim)).astype(var.dtype)
+    weight = jnp.where(jnp.isneginf(var), jnp.zeros((), var.dtype), weight)
+    mean, var = (jnp.where(weight > 0, leaf, jnp.zeros((), leaf.dtype)) for leaf in (stacked["mean"], var))
+    merged = merge_stacked(ShiftedMoments(shift=mean, offset=None, var=cast(var, real_dtype(mean.dtype)), count=weight))
     known = merged.count > 0
-    state = State(
-        mean=jnp.where(known, mean_of(merged), jnp.zeros((), dtype)),
-        var=jnp.where(known, merged.var, jnp.full((), -jnp.inf, dtype)),
-        count=jnp.max(jnp.stack([jnp.asarray(state.count) for state in states]), axis=0),
-    )
-    return jax.lax.stop_gradient(state)
+    found = {
+        "mean": jnp.where(known, mean_of(merged), jnp.zeros((), mean.dtype)),
+        "var": jnp.where(known, merged.var, jnp.full((), -jnp.inf, merged.var.dtype)),
+    }
+    return found | ({"count": jnp.max(stacked["count"], axis=0)} if "count" in stacked else {})
 
 
-def _checked_dtype(states: tuple[Any, ...]) -> Any:
-    """The wider of the states' dtypes."""
-    if not states:
-        raise ValueError("`merge_states` got no states: expected at least one jbn.State.")
-    for number, state in enumerate(states):
-        name = f"states[{number}]"
-        _arguments.check_type(name, state, State)
-        _arguments.check_vectors(name, state, np.shape(states[0].mean), "the shape of `states[0].mean`")
-        _arguments.check_state_dtype(state, name)
-    return max((jnp.result_type(leaf) for state in states for leaf in state[:2]), key=lambda dtype: dtype.itemsize)
+def _in_one_dtype(leaves: list[jax.Array]) -> list[jax.Array]:
+    """The leaves in the widest of their dtypes."""
+    widest = max((leaf.dtype for leaf in leaves), key=lambda dtype: dtype.itemsize)
+    return [leaf.astype(widest) for leaf in leaves]
 
 
-def _checked_weights(weights: Any, states: int, dtype: Any) -> jax.Array:
-    """One weight a state, relative to the largest, so that counts of any size can be given."""
+def _checked_weights(weights: Any, trees: int, dtype: Any) -> jax.Array:
+    """One weight a tree, relative to the largest, so that counts of any size can be given."""
     if weights is None:
-        return jnp.ones(states, dtype)
-    expected = f"expected {states} numbers of at least 0, not all 0, one for each state"
+        return jnp.ones(trees, dtype)
+    expected = f"expected {trees} numbers of at least 0, not all 0, one for each tree"
     try:
         values = list(weights)
         traced = any(isinstance(value, Tracer) for value in values)
         known = None if traced else np.array([float(value) for value in values if not isinstance(value, str)])
     except (TypeError, ValueError, OverflowError):
         raise TypeError(f"`weights` is {weights!r}: {expected}.") from None
-    if isinstance(weights, Mapping) or len(values) != states or any(np.shape(value) for value in values):
+    if isinstance(weights, Mapping) or len(values) != trees or any(np.shape(value) for value in values):
         raise ValueError(f"`weights` is {weights!r}: {expected}.")
     if known is None:
         array = jnp.stack([jnp.asarray(value).astype(dtype) for value in values])
         return array / jnp.max(array)
-    if len(known) != states or not (np.isfinite(known).all() and (known >= 0).all() and known.any()):
+    if len(known) != trees or not (np.isfinite(known).all() and (known >= 0).all() and known.any()):
         raise ValueError(f"`weights` is {weights!r}: {expected}.")
     return jnp.asarray(known / known.max(), dtype)

@@ -53,14 +53,15 @@ def places(tree: Any) -> dict[Path, dict[str, int]]:
         # A variable of NNX is a node of its own, whose leaf is its value.
         path = path[:-1] if path and _name(path[-1]) == "value" else path
         field = _name(path[-1]) if path else ""
-        if field in FIELDS and (field == "count" or _is_float(leaf)):
+        if field in FIELDS and _is_of(jnp.number if field == "count" else jnp.inexact, leaf):
             found.setdefault(path[:-1], {})[field] = place
     return {path: fields for path, fields in found.items() if {"mean", "var"} <= fields.keys()}
 
 
-def _is_float(leaf: Any) -> bool:
+def _is_of(kind: Any, leaf: Any) -> bool:
+    """Whether a leaf is an array, or a number, of a kind of dtype."""
     try:
-        return jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+        return jnp.issubdtype(jnp.result_type(leaf), kind)
     except TypeError:  # of texts, and of other libraries' arrays
         return False
 
@@ -90,7 +91,7 @@ def incomplete(tree: Any, norm: re.Pattern[str]) -> dict[Path, list[str]]:
         path: [field for field in FIELDS if field not in names and (field != "count" or counted)]
         for path, names in statistics.items()
     }
-    tails = {path[1:] for path in statistics}
+    tails = {path[1:] for path, names in members.items() if path in statistics or {"mean", "var"} <= names}
     for path, names in members.items():
         is_norm = (
             bool(names & {"scale", "bias"})

@@ -6,6 +6,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jbn._arguments import checked_epsilon
+from jbn._complex import is_complex
 from jbn._statistics import nodes
 from jbn._statistics.nodes import Forest, Path, shown
 from jbn.diagnostics._table import Table
@@ -67,7 +68,7 @@ Pair = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
 
 
 def pairs(state: Any, population: Any, name: str = "state") -> dict[Path, Pair]:
-    """Running and population statistics of each node, in float64."""
+    """Running and population statistics of each node, in double precision."""
     running, right = found(state, f"`{name}`"), found(population, "`population`")
     alone = {shown(path) for path in running.nodes} ^ {shown(path) for path in right.nodes}
     if alone:
@@ -79,7 +80,7 @@ def pairs(state: Any, population: Any, name: str = "state") -> dict[Path, Pair]:
     beside: dict[Path, Pair] = {}
     for path in running.nodes:
         pair = tuple(
-            {field: np.asarray(value, np.float64) for field, value in tree.at(at).items() if field != "count"}
+            {field: wide(value) for field, value in tree.at(at).items() if field != "count"}
             for tree, at in ((running, path), (right, by_name[shown(path)]))
         )
         shapes = [value.shape for fields in pair for value in fields.values()]
@@ -92,10 +93,16 @@ def pairs(state: Any, population: Any, name: str = "state") -> dict[Path, Pair]:
     return beside
 
 
+def wide(value: Any) -> np.ndarray:
+    """The value in double precision."""
+    return np.asarray(value).astype(np.complex128 if is_complex(value) else np.float64)
+
+
 def distances(running: dict[str, np.ndarray], right: dict[str, np.ndarray], epsilon: float) -> tuple[np.ndarray, ...]:
     """Error, shift and ratio of each channel."""
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         shift = (right["mean"] - running["mean"]) / np.sqrt(running["var"] + epsilon)
+        shift = np.abs(shift) if is_complex(shift) else shift
         ratio = np.sqrt((right["var"] + epsilon) / (running["var"] + epsilon))
         error = np.hypot(shift, ratio - 1)
     usable = np.isfinite(running["var"]) & np.isfinite(right["var"]) & np.isfinite(error)

@@ -10,7 +10,7 @@ from jbn._arguments import checked_epsilon
 from jbn._scheduled import checked_momentum
 from jbn._statistics import nodes
 from jbn._statistics.nodes import shown
-from jbn.diagnostics._compare import distances, found, pairs
+from jbn.diagnostics._compare import distances, found, pairs, wide
 from jbn.diagnostics._laws import checked_size
 from jbn.diagnostics._table import Table
 
@@ -120,7 +120,7 @@ def _updates(fields: dict[str, Any]) -> int | None:
 
 def _channels(fields: dict[str, np.ndarray], epsilon: float) -> tuple[int, int, int]:
     """How many channels are dead, unset, and not finite."""
-    mean, var = (fields[field].astype(np.float64) for field in ("mean", "var"))
+    mean, var = (wide(fields[field]) for field in ("mean", "var"))
     if mean.shape != var.shape:
         return 0, 0, max(mean.size, var.size)
     unset = np.isneginf(var) & (mean == 0)

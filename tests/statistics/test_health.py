@@ -79,6 +79,16 @@ def test_health_of_flax_models(rng):
     assert row[:6] == ("layers/0", 3, 1, 0, 0, 0)
 
 
+def test_other_variables_of_a_norm_are_no_fault():
+    """Bounds of renormalization, steps, and counts of any form, as other libraries store them beside mean and var."""
+    norm = {"mean": jnp.full(3, 0.5), "var": jnp.full(3, 2.0)}
+    key = jax.random.key(0)
+    for extra in ({"r_max": 3.0, "steps": jnp.int32(7)}, {"count": {"value": 7}}, {"count": key}, {"count": "seven"}):
+        tree = {"batch_stats": {"bn": {**norm, **extra}}, "params": {"bn": {"scale": jnp.ones(3)}}}
+        (row,) = diagnostics.health(tree).rows
+        assert not diagnostics.is_faulty(row), extra
+
+
 def test_health_of_statistics_that_do_not_fit_each_other():
     table = diagnostics.health({"mean": jnp.zeros(3), "var": jnp.ones(2)})
     assert row_of(table, "")["not finite"] == 3

@@ -1,14 +1,18 @@
-"""One state from those of replicas: the statistics of all their examples together."""
+"""One tree of statistics from those of replicas: the statistics of all their examples together."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import linen, nnx
 from support.refusals import Refused, assert_refused
 from support.tolerances import assert_close
 
 import jbn
+from jbn._statistics import nodes
 
+RNGS = [nnx.Rngs(seed) for seed in range(2)]
 STATE = jbn.init(3)[1]
 HALF = STATE._replace(var=STATE.var.astype("bfloat16"))
 
@@ -63,6 +67,12 @@ def test_unset_features_say_nothing():
     assert_close(again.var, [1, 1, 1])
 
 
+def assert_same_types(tree, expected):
+    assert [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)] == [
+        (leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(expected)
+    ]
+
+
 def test_a_fault_stays_one():
     fault = STATE._replace(mean=jnp.array([jnp.nan, 0.0, 0.0]))
     merged = jbn.merge_states(STATE, fault)
@@ -102,21 +112,85 @@ def test_the_result_has_the_shape_and_the_wider_dtype_of_the_states(x64):
         assert merged.var.shape == (2, 3)
 
 
-def merging(*states, **weights):
-    return lambda: jbn.merge_states(*states, **weights)
+class Model(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return jbn.linen.BatchNorm(use_running_average=False)(linen.Dense(3)(x))
+
+
+@pytest.mark.standard_promotion
+def test_whole_models_are_merged_and_the_rest_is_that_of_the_first(rng):
+    """Variables of Linen, the state of an NNX model, and dicts of states with leaves that are no statistics."""
+    linens = [Model().init(jax.random.key(seed), np.ones((2, 3))) for seed in range(2)]
+    nnxs = [nnx.state(nnx.Sequential(nnx.Linear(3, 3, rngs=rngs), jbn.nnx.BatchNorm(3, rngs=rngs))) for rngs in RNGS]
+    dicts = [{"norm": jbn.init(3)[1], "steps": seed, "name": "a"} for seed in range(2)]
+    states = [seen(rng.normal(size=(9, 3)).astype(np.float32)) for _ in range(2)]
+    expected = jbn.merge_states(*states, weights=[1, 2])
+    for trees in (linens, nnxs, dicts):
+        filled = []
+        for tree, state in zip(trees, states, strict=True):
+            forest = nodes.find(tree, "a tree")
+            values = {path: {field: state._asdict()[field] for field in forest.nodes[path]} for path in forest.nodes}
+            filled.append(forest.replaced(values))
+        merged = jbn.merge_states(*filled, weights=[1, 2])
+        assert jax.tree.structure(merged) == jax.tree.structure(filled[0])
+        (path,) = (found := nodes.find(merged, "it")).nodes
+        for field, leaf in found.at(path).items():
+            np.testing.assert_array_equal(leaf, expected._asdict()[field])
+        kept = found.replaced({path: nodes.find(filled[0], "the first").at(path)})
+        assert all(jax.tree.leaves(jax.tree.map(np.array_equal, kept, filled[0])))
+
+
+def test_averages_of_trees_train_on(rng):
+    """By optax inside of scan and cond, by pmean, and by hand: every dtype and shape stays."""
+    params, start = jbn.init(3)
+    batches = jnp.asarray(rng.normal(size=(5, 8, 3)), jnp.float32)
+
+    def trained(carry, x):
+        state, target = carry
+        _, state = jbn.batch_norm(params, state, x, True, momentum=jbn.momentum.warmup(0.9))
+        moved = optax.incremental_update(state, target, 0.1)
+        target = jax.lax.cond(state.count[0] > 2, lambda: moved, lambda: target)
+        return (state, target), None
+
+    (state, target), _ = jax.lax.scan(trained, (start, start), batches)
+    assert_close(target.count, np.full(3, 0.1 * (3 * 0.81 + 4 * 0.9 + 5)))
+    replicas = jax.tree.map(lambda *leaves: jnp.stack(leaves), state, target)
+    mean = jax.vmap(lambda state: jax.lax.pmean(state, "replicas"), axis_name="replicas")(replicas)
+    by_hand = jax.tree.map(lambda a, b: (a + b) / 2, state, target)
+    for average in (target, by_hand, jax.tree.map(lambda leaf: leaf[0], mean)):
+        assert_same_types(average, start)
+        (again, _), _ = trained((average, average), batches[0])
+        assert_same_types(again, start)
+        np.testing.assert_array_equal(again.count, average.count + 1)
+
+
+def merging(*trees, **weights):
+    return lambda: jbn.merge_states(*trees, **weights)
 
 
 REFUSED = {
-    "no states": Refused(merging(), ValueError, "merge_states", "got no states", "at least one jbn.State"),
-    "a list": Refused(merging([STATE]), TypeError, "states[0]", "is a list", "expected jbn.State(mean,"),
-    "other features": Refused(
-        merging(STATE, jbn.init(2)[1]), ValueError, "states[1].mean", "has shape (2,)", "expected (3,)"
+    "no trees": Refused(merging(), ValueError, "merge_states", "got no trees", "such as a jbn.State"),
+    "no statistics": Refused(merging(STATE, [1.0]), ValueError, "trees[1]", "no statistics", "float `mean` and `var`"),
+    "other norms": Refused(
+        merging({"a": STATE, "b": STATE}, {"a": STATE, "c": STATE}), ValueError, "trees[1]", "other norms", "has b, c."
     ),
-    "lists in a state": Refused(
-        merging(STATE, STATE._replace(var=[1.0])), TypeError, "states[1].var", "[1.0]", "numeric array"
+    "other features": Refused(
+        merging({"stem": STATE}, {"stem": jbn.init(2)[1]}),
+        ValueError,
+        "trees[1]",
+        "at stem has `mean` of shape (2,)",
+        "expected (3,)",
+    ),
+    "no count": Refused(
+        merging(STATE._asdict(), {"mean": STATE.mean, "var": STATE.var}),
+        ValueError,
+        "trees[1]",
+        "at the root has mean, var",
+        "expected count, mean, var",
     ),
     "half precision": Refused(
-        merging(STATE, HALF), TypeError, "states[1].var.dtype", "is bfloat16", "expected float32 or"
+        merging(STATE, HALF), TypeError, "trees[1]", "has `var` in bfloat16", "expected float32 or float64"
     ),
     "too few weights": Refused(
         merging(STATE, STATE, weights=[1]), ValueError, "weights", "is [1]", "2 numbers of at least 0"
@@ -127,11 +201,11 @@ REFUSED = {
     "weights of 0": Refused(merging(STATE, STATE, weights=[0, 0]), ValueError, "weights", "is [0, 0]", "not all 0"),
     "nan": Refused(merging(STATE, weights=[float("nan")]), ValueError, "weights", "is [nan]", "of at least 0"),
     "words": Refused(merging(STATE, weights=["1"]), ValueError, "weights", "is ['1']", "1 numbers of at least 0"),
-    "a mapping": Refused(merging(STATE, weights={0: 1}), ValueError, "weights", "is {0: 1}", "one for each state"),
-    "too large": Refused(merging(STATE, weights=[10**400]), TypeError, "weights", "is [1000", "one for each state"),
-    "a number": Refused(merging(STATE, weights=3), TypeError, "weights", "is 3", "one for each state"),
+    "a mapping": Refused(merging(STATE, weights={0: 1}), ValueError, "weights", "is {0: 1}", "one for each tree"),
+    "too large": Refused(merging(STATE, weights=[10**400]), TypeError, "weights", "is [1000", "one for each tree"),
+    "a number": Refused(merging(STATE, weights=3), TypeError, "weights", "is 3", "one for each tree"),
     "a matrix": Refused(
-        merging(STATE, STATE, weights=np.ones((2, 2))), TypeError, "weights", "array([[1., 1.]", "one for each state"
+        merging(STATE, STATE, weights=np.ones((2, 2))), TypeError, "weights", "array([[1., 1.]", "one for each tree"
     ),
 }
 
