@@ -1,5 +1,7 @@
 """Checks of arguments: what is refused, and the message that says how to mend it."""
 
+import functools
+import inspect
 import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeGuard
@@ -18,6 +20,8 @@ STATISTICS = ("var", "count")
 Numeric = int | float | np.generic | np.ndarray | jax.Array
 AxisName = str | tuple[str, ...]
 IndexGroups = Sequence[Sequence[int]]
+OF_FUNCTIONS = ("builtins", "functools", "jax", "jaxlib", "numpy")
+"""Packages of the types of functions, of jitted ones and of those with a derivative of their own."""
 RUNNING_VAR = ("biased", "unbiased", "total")
 
 
@@ -48,7 +52,8 @@ def checked_input(x: Any) -> jax.Array:
         # An array stays as it is: to JAX, asarray is an operation, which debug_nans would check masked values in.
         x = x if isinstance(x, jax.Array) else jnp.asarray(x)
     except (TypeError, ValueError):
-        raise TypeError(f"`x` is a {type(x).__name__}, which cannot be converted to an array: {allowed}.") from None
+        given = f"of dtype {x.dtype}" if isinstance(x, np.ndarray) else "which cannot be converted to an array"
+        raise TypeError(f"`x` is a {type(x).__name__}, {given}: {allowed}.") from None
     if x.dtype.name not in INPUT_DTYPES:
         raise TypeError(f"`x` has dtype {x.dtype.name}: {allowed}. Convert it first: x.astype(jnp.float32).")
     return x
@@ -110,11 +115,17 @@ def check_vectors(name: str, vectors: Any, expected: tuple[int, ...], why: str) 
         if not is_array(vector):
             raise TypeError(f"`{name}.{field}` is {vector!r}: expected a numeric array of shape {expected}.")
         if np.shape(vector) != expected:
-            mend = "; jbn.upgrade(tree) gives each feature of older statistics its count" if field == "count" else ""
-            raise ValueError(f"`{name}.{field}` has shape {np.shape(vector)}: expected {expected}, {why}{mend}.")
+            raise ValueError(
+                f"`{name}.{field}` has shape {np.shape(vector)}: expected {expected}, {why}{_of_upgrade(field)}."
+            )
         dtype = jnp.result_type(vector)
         if not jnp.issubdtype(dtype, jnp.floating if field in STATISTICS else jnp.inexact):
-            raise TypeError(f"`{name}.{field}` has dtype {dtype.name}: expected a float dtype.")
+            raise TypeError(f"`{name}.{field}` has dtype {dtype.name}: expected a float dtype{_of_upgrade(field)}.")
+
+
+def _of_upgrade(field: str) -> str:
+    """The remedy for a count of jbn 0.1, to end a message with."""
+    return "; jbn.upgrade(tree) gives each feature of older statistics its count" if field == "count" else ""
 
 
 def is_array(value: Any) -> TypeGuard[Numeric]:
@@ -140,7 +151,7 @@ def checked_state_dtype(name: str, dtype: Any) -> Any:
     if not is_state_dtype(dtype):
         raise TypeError(
             f"`{name}` is {_dtype_name(dtype)}: expected {' or '.join(STATE_DTYPES)}, since running statistics "
-            "lose small updates in half precision. For low-precision compute give x in that dtype instead."
+            "lose small updates in half precision. Convert it by `.astype`; x may have a low precision."
         )
     return jnp.dtype(dtype)
 
@@ -201,7 +212,9 @@ def checked_shortcut(shortcut: Any, x: jax.Array) -> jax.Array | None:
         raise TypeError(
             f"`shortcut` has dtype {shortcut.dtype.name}: expected {_of_kind(x.dtype)}, as x has {x.dtype.name}."
         )
-    return shortcut
+    # The arithmetic is in the dtype that x has it in.
+    narrow = arithmetic_dtype(shortcut.dtype) == arithmetic_dtype(x.dtype)
+    return shortcut if narrow else shortcut.astype(arithmetic_dtype(x.dtype))
 
 
 def _fits(shape: Sequence[int], expected: Sequence[int]) -> bool:
@@ -236,15 +249,32 @@ def check_concrete(name: str, value: Any, example: str) -> None:
         raise TypeError(f"`{name}` is traced: expected a Python number such as {example}, bound before jit.")
 
 
-def check_hashable(name: str, function: Any) -> None:
-    """What a program is compiled for is found again by its hash."""
+def as_constant(name: str, function: Any) -> Any:
+    """A function that stands for one computation, so that compiled programs may be found again by its hash.
+
+    A method, or an object that compares by identity, may compute something else once its attributes have changed: it is
+    given as a new function each time.
+    """
     try:
         hash(function)
     except TypeError:
         raise TypeError(
             f"`{name}` is {function!r}, which has no hash: expected a function, or an object with __hash__ and __eq__, "
-            "such as a frozen dataclass."
+            "such as a frozen dataclass without arrays. Apply what holds arrays to the result."
         ) from None
+    inner = function
+    while isinstance(inner, functools.partial):
+        inner = inner.func
+    kind = type(inner)
+    by_identity = kind.__eq__ is object.__eq__ and kind.__module__.partition(".")[0] not in OF_FUNCTIONS
+    if not (by_identity or inspect.ismethod(inner)):
+        return function
+
+    @functools.wraps(function)
+    def called_anew(*given: Any) -> Any:
+        return function(*given)
+
+    return called_anew
 
 
 def is_number(value: Any) -> bool:

@@ -61,7 +61,7 @@ def checked_rule(
 ) -> Rule:
     """How x is normalized, by the arguments that training and inference have."""
     axes = _arguments.checked_axes(feature_axis, x.ndim)
-    check_activation(activation, x.shape, _arguments.arithmetic_dtype(x.dtype))
+    activation = checked_activation(activation, x.shape, _arguments.arithmetic_dtype(x.dtype))
     return Rule(axes, _arguments.checked_epsilon(epsilon), _arguments.checked_dtype(dtype, x.dtype), activation)
 
 
@@ -74,36 +74,37 @@ def training_rule(
             f"`x` has shape {tuple(x.shape)}, and every axis is a feature axis: no axis is left to take statistics "
             "over. Add a batch axis, or name a mapped axis with `axis_name`."
         )
-    groups = None if ghost_batch_size is None else checked_groups(ghost_batch_size, x, rule.axes)
+    groups = None if ghost_batch_size is None else checked_ghost_batches(ghost_batch_size, x, rule.axes)
     return rule._replace(sharing=checked_sharing(axis_name, axis_index_groups), ghost_batches=groups)
 
 
 ELEMENTWISE = "expected an elementwise function of jax, whose result is a float array of the same shape: jax.nn.relu"
 
 
-def check_activation(activation: Any, shape: Sequence[int], dtype: Any) -> None:
-    """An elementwise function that captures nothing traced."""
+def checked_activation(activation: Any, shape: Sequence[int], dtype: Any) -> Any:
+    """An elementwise function that captures nothing traced; None stays None."""
     if activation is None:
-        return
+        return None
     if not callable(activation):
         raise TypeError(f"`activation` is {activation!r}: {ELEMENTWISE}.")
-    _arguments.check_hashable("activation", activation)
-    _check_elementwise(activation, tuple(shape), dtype)
+    constant = _arguments.as_constant("activation", activation)
+    _check_elementwise(constant, tuple(shape), dtype)
+    return constant
 
 
 @functools.lru_cache(maxsize=256)
 def _check_elementwise(activation: Callable[..., Any], shape: tuple[int, ...], dtype: Any) -> None:
     """What a trace of the activation shows; errors are not remembered."""
-    before = jax.ShapeDtypeStruct(shape, dtype)
+    before, shown = jax.ShapeDtypeStruct(shape, dtype), getattr(activation, "__wrapped__", activation)
     try:
         program, after = jax.make_jaxpr(lambda y: activation(y), return_shape=True)(before)
     except (TypeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
-        raise TypeError(f"`activation` is {activation!r}, which fails on a trace ({reason}): {ELEMENTWISE}.") from error
+        raise TypeError(f"`activation` is {shown!r}, which fails on a trace ({reason}): {ELEMENTWISE}.") from error
     captured = [value for value in program.consts if isinstance(value, Tracer)]
     if captured:
         raise ValueError(
-            f"`activation` is {activation!r}, which captures a traced {captured[0].aval.str_short()}: its derivative "
+            f"`activation` is {shown!r}, which captures a traced {captured[0].aval.str_short()}: its derivative "
             "would be lost. Give what is added as `shortcut`, or apply the activation to the result."
         )
     kind = jnp.inexact if is_complex(before) else jnp.floating
@@ -129,7 +130,7 @@ def checked_sharing(axis_name: Any, axis_index_groups: Any) -> Sharing | None:
             f"`axis_index_groups` needs one axis name, but `axis_name` is {axis_name!r}: name the mapped axis that the "
             "groups are on."
         )
-    groups = _checked_groups(axis_index_groups)
+    groups = _checked_index_groups(axis_index_groups)
     _check_bound(name)
     size, places = lax.axis_size(name), sum(map(len, groups))
     if size != places:
@@ -152,7 +153,7 @@ def _check_bound(axis_name: Any) -> None:
         ) from None
 
 
-def _checked_groups(axis_index_groups: Any) -> tuple[tuple[int, ...], ...]:
+def _checked_index_groups(axis_index_groups: Any) -> tuple[tuple[int, ...], ...]:
     """Groups that hold each place from 0 on once."""
     expected = "expected lists of the places on the mapped axis, each place once, as in [[0, 1], [2, 3]]"
     try:
@@ -165,7 +166,7 @@ def _checked_groups(axis_index_groups: Any) -> tuple[tuple[int, ...], ...]:
     return groups
 
 
-def checked_groups(ghost_batch_size: Any, x: jax.Array, axes: Axes) -> int:
+def checked_ghost_batches(ghost_batch_size: Any, x: jax.Array, axes: Axes) -> int:
     """The number of ghost batches in x."""
     try:
         size = _arguments.index(ghost_batch_size)

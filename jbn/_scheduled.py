@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jbn._arguments import RUNNING_VAR, check_concrete, check_hashable, is_number
+from jbn._arguments import RUNNING_VAR, as_constant, check_concrete, is_number
 from jbn._complex import real_dtype
 
 
@@ -17,7 +17,7 @@ class Average(NamedTuple):
     """How the running statistics move: what of it is fixed when the program is traced."""
 
     schedule: Callable[[Any], Any] | None
-    heavy: bool | None
+    keeps_most: bool | None
     """Whether a number as momentum is at least 1/2; None if it is not known."""
     running_var: str
 
@@ -88,10 +88,10 @@ def checked_average(momentum: Any, running_var: Any, state: Any, train: bool) ->
     schedule, number = checked_schedule("momentum", momentum, real_dtype(jnp.result_type(state.mean)), checked_momentum)
     if train:
         check_counted(state, "momentum", schedule)
-    heavy = None if schedule is not None or isinstance(number, Tracer) else bool(number >= 0.5)
+    keeps_most = None if schedule is not None or isinstance(number, Tracer) else bool(number >= 0.5)
     if isinstance(number, Tracer):
         number = jnp.clip(number, 0, 1)
-    return Average(schedule, heavy, running_var), number
+    return Average(schedule, keeps_most, running_var), number
 
 
 def checked_schedule(name: str, given: Any, dtype: Any, check: Callable[[str, Any], float]) -> tuple[Any, Any]:
@@ -100,9 +100,10 @@ def checked_schedule(name: str, given: Any, dtype: Any, check: Callable[[str, An
         if getattr(given, "__module__", "") in ("jbn.momentum", "jbn.renorm") and hasattr(given, "__code__"):
             maker = f"{given.__module__}.{given.__name__}"
             raise TypeError(f"`{name}` is {maker} itself: call it, as in {maker}(...), for a schedule or a number.")
-        check_hashable(name, given)
-        return given, None
+        return as_constant(name, given), None
     if isinstance(given, Tracer):
+        if given.ndim or jnp.issubdtype(given.dtype, jnp.complexfloating):
+            raise TypeError(f"`{name}` is a traced {given.aval.str_short()}: expected a number, of shape ().")
         return None, jnp.asarray(given, dtype)
     return None, np.asarray(check(name, given), dtype)
 

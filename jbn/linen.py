@@ -115,7 +115,9 @@ class BatchNorm(nn.Module):
             TypeError: a wrong kind or dtype of argument.
             ValueError: shapes or values that do not fit; or no `count` beside statistics that a schedule would update.
         """
-        averaged = self.use_running_average if self.frozen else self._averaged(use_running_average)
+        averaged = self.use_running_average
+        if not self.frozen:
+            averaged = nn.merge_param("use_running_average", averaged, use_running_average)
         mode, initializing = _flax.checked_mode(self, averaged, update_statistics), self.is_initializing()
         x, features = _flax.checked_call(self, x)
 
@@ -140,10 +142,6 @@ class BatchNorm(nn.Module):
             if count is not None:
                 count.value = new_state.count
         return out
-
-    def _averaged(self, given: bool | None) -> bool | None:
-        """`use_running_average`, given once, at construction or at the call, as in Flax."""
-        return nn.merge_param("use_running_average", self.use_running_average, given)
 
     def _check_count(self) -> None:
         """Statistics from elsewhere have no count, and from a count of 0 a schedule would overwrite them."""

@@ -215,11 +215,11 @@ def _of_valid(reduced: tuple[int, ...], x: jax.Array, mask: jax.Array) -> Shifte
 
 
 def near_the_data(x: jax.Array, reduced: tuple[int, ...]) -> jax.Array:
-    """A value near the data for each feature: the median of three rows of the first example, a value each.
+    """A value near the data for each feature: the median of three rows, of a value for each feature.
 
     A single value may be sqrt(N) standard deviations from the mean of N values, where the variance's error is about
     u * (1 + N). The median is that far only if two of its three values are, on one side: u * (1 + N / 2) at most. The
-    rows are of the first three examples, or at the quarters of the batch, where an example has no axis of three values.
+    rows are places of the first example, or where it has no axis of three places, examples at quarters of the batch.
     """
     if not reduced:
         return wide(x)
@@ -233,12 +233,8 @@ def near_the_data(x: jax.Array, reduced: tuple[int, ...]) -> jax.Array:
         rows = [lax.slice_in_dim(x, at, at + 1, axis=along) for at in (size // 4, size // 2, 3 * size // 4)]
     else:  # a symbolic size: dynamic slices beyond the end give the last row
         rows = [lax.dynamic_slice_in_dim(x, at, 1, axis=along) for at in range(3)]
-    return lax.squeeze(by_parts(_median, *map(wide, rows)), reduced)
-
-
-def _median(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
-    """The median of three."""
-    return lax.max(lax.min(a, b), lax.min(lax.max(a, b), c))
+    median = by_parts(lambda a, b, c: lax.max(lax.min(a, b), lax.min(lax.max(a, b), c)), *map(wide, rows))
+    return lax.squeeze(median, reduced)
 
 
 def merge_shared(sharing: Sharing, local: ShiftedMoments) -> ShiftedMoments:

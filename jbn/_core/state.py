@@ -95,7 +95,8 @@ def update(state: State, moments: Moments, *, momentum: float | Schedule = 0.99,
 
     Each feature moves on its own. One whose new statistics would not be finite, or that has no value in the batch,
     keeps mean, variance and count; so does one with a single value under "unbiased". Unset statistics are replaced by
-    the batch's biased moments. A statistic that is not finite itself, other than an unset one, is a fault and stays.
+    the batch's biased moments. A statistic that is not finite itself, other than an unset one, is a fault and stays. A
+    momentum that is NaN, as a schedule may give, moves nothing.
 
     Args:
         state: the running statistics, of the feature shape.
@@ -141,6 +142,7 @@ def moved(average: Average, old: State, batch: Moments, numbers: Numbers, may_be
     """
     dtype = real_dtype(jnp.result_type(old.mean))
     kinds = jnp.result_type(old.mean), dtype, dtype
+    kept_dtype = jnp.result_type(old.var)
     old = old._replace(var=lax.convert_element_type(old.var, dtype))
     # Split as the state is, so that this can be carried through a loop.
     axes = range(old.mean.ndim)
@@ -164,7 +166,8 @@ def moved(average: Average, old: State, batch: Moments, numbers: Numbers, may_be
     moves = is_finite(mean) & is_finite(var)
     moves = moves & (batch.count >= needed) if needed else moves
     count = None if old.count is None else old.count + moves.astype(old.count.dtype)
-    return lax.stop_gradient(State(lax.select(moves, mean, old.mean), lax.select(moves, var, old.var), count))
+    mean, var = lax.select(moves, mean, old.mean), lax.select(moves, var, old.var)
+    return lax.stop_gradient(State(mean, lax.convert_element_type(var, kept_dtype), count))
 
 
 _moved = jax.jit(moved, static_argnums=(0, 4), inline=True)
@@ -173,6 +176,6 @@ _moved = jax.jit(moved, static_argnums=(0, 4), inline=True)
 def _averaged(average: Average, weights: tuple[Any, Any], old: jax.Array, batch: jax.Array) -> jax.Array:
     """The weighted average of two values, from the one with the larger weight, so that no digits are lost."""
     of_old, of_batch = weights if not is_complex(old) else (cast(weight, old.dtype) for weight in weights)
-    if average.heavy is None:
+    if average.keeps_most is None:
         return jnp.where(weights[0] < 0.5, batch + of_old * (old - batch), old + of_batch * (batch - old))
-    return old + of_batch * (batch - old) if average.heavy else batch + of_old * (old - batch)
+    return old + of_batch * (batch - old) if average.keeps_most else batch + of_old * (old - batch)

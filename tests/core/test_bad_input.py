@@ -121,7 +121,7 @@ PARAMS_AND_STATE = {
 }
 
 HALF_PRECISION = {
-    "mean": Refused(norm(state=HALF), TypeError, "state.mean.dtype", "is bfloat16", "give x in that dtype instead"),
+    "mean": Refused(norm(state=HALF), TypeError, "state.mean.dtype", "is bfloat16", "Convert it by `.astype`"),
     "var": Refused(
         norm(state=HALF._replace(mean=STATE.mean)), TypeError, "state.var.dtype", "is bfloat16", "expected float32"
     ),
@@ -145,6 +145,7 @@ SHORTCUT = {
         norm(shortcut=np.ones(X.shape, np.int32)), TypeError, "shortcut", "has dtype int32", "expected one of float32"
     ),
     "a list": Refused(norm(shortcut=[1.0]), TypeError, "shortcut", "is [1.0]", "array of the shape of x, (8, 16, 3)"),
+    "complex": Refused(norm(shortcut=X.astype(np.complex64)), TypeError, "shortcut", "has dtype complex64", "float32,"),
     "a state": Refused(norm(shortcut=STATE), TypeError, "shortcut", "is State(", "array of the shape of x"),
 }
 
@@ -157,6 +158,21 @@ class Unhashable:
 
     def __eq__(self, other):
         return isinstance(other, Unhashable)
+
+
+class Leaky:
+    """Methods of one object are equal and hash alike, whatever the object holds."""
+
+    def activation(self, y):
+        return jnp.where(y > 0, y, y * self.slope)
+
+    @classmethod
+    def called(cls, call, *slopes):
+        """What the call gives with the last of these slopes."""
+        leaky = cls()
+        for leaky.slope in slopes:
+            out = call(activation=leaky.activation)()
+        return out[0]
 
 
 def prelu(call, slope):
@@ -214,7 +230,14 @@ OPTIONS = {
         "Give what is added as `shortcut`, or apply the activation to the result",
     ),
     "activation without a hash": Refused(
-        norm(activation=Unhashable()), TypeError, "activation", "which has no hash", "a frozen dataclass"
+        norm(activation=Unhashable()), TypeError, "activation", "which has no hash", "Apply what holds arrays to the"
+    ),
+    "activation of an object that has changed": Refused(
+        lambda: jax.grad(lambda slope: Leaky.called(norm, 0.1, slope).sum())(0.1),
+        ValueError,
+        "activation",
+        "captures a traced float32[]",
+        "apply the activation to the result",
     ),
     "activation to a pair": Refused(
         norm(activation=lambda y: (y, y)), ValueError, "activation", "(Shape", "jax.nn.relu"
@@ -243,6 +266,21 @@ def test_bad_train_epsilon_running_var_dtype_and_activation_are_refused():
 
 
 OF_TRAINING = ("nothing to reduce", "no features either", "train", "running_var")
+
+
+def test_an_object_that_has_changed_computes_anew():
+    """As an activation and as a schedule: jit would find the program of the object as it was."""
+
+    class Constant:
+        def __call__(self, count):
+            return self.momentum
+
+    expected = norm(activation=lambda y: jnp.where(y > 0, y, y * 0.5))()[0]
+    np.testing.assert_array_equal(Leaky.called(norm, 0.1, 0.5), expected)
+    schedule = Constant()
+    for schedule.momentum in (1.0, 0.0):
+        _, state = norm(momentum=schedule)()
+    assert np.all(state.mean == norm(momentum=0.0)()[1].mean)
 
 
 def test_inference_refuses_what_training_does():

@@ -191,6 +191,20 @@ def test_a_shortcut_is_added_in_float32_before_the_activation_in_training_and_at
             assert_close(out, np.tanh(normalized + exact), scale=5)
 
 
+@pytest.mark.parametrize(("dtype", "of_shortcut"), [("float32", "float64"), ("float64", "float32")])
+def test_a_shortcut_of_another_width_is_added_in_the_arithmetic_of_x(x64, rng, dtype, of_shortcut):
+    x, shortcut = rng.normal(size=(2, 8, 3))
+    x, shortcut = jnp.asarray(x, dtype), jnp.asarray(shortcut, of_shortcut)
+
+    def widths(y):
+        assert y.dtype == dtype
+        return y
+
+    out, _ = jbn.batch_norm(*jbn.init(3), x, True, shortcut=shortcut, activation=widths)
+    assert out.dtype == dtype
+    assert_close(out, jbn.batch_norm(*jbn.init(3), x, True)[0] + shortcut.astype(dtype))
+
+
 def test_under_vmap_each_lane_has_statistics_of_its_own(rng):
     x = rng.normal(size=(3, 8, 2)).astype(np.float32)
     params, state = jbn.init(2)

@@ -85,6 +85,30 @@ def test_masked_values_of_a_shortcut_do_nothing_whatever_they_hold(debug_nans, r
         assert not np.asarray(array)[~mask].any()
 
 
+def signed_root(y):
+    """Its slope at 0, which masked places are near, is infinite."""
+    return jnp.sign(y) * jnp.sqrt(jnp.abs(y))
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["training", "inference"])
+def test_an_infinite_slope_in_a_masked_place_does_nothing(debug_nans, rng, train):
+    params, state = jbn.init(3)
+    mask = np.array([False, True, True, False, True, True])
+    x = rng.normal(size=(6, 3)).astype(np.float32)
+
+    def gradients(x, **options):
+        def loss(params, x):
+            return jbn.batch_norm(params, state, x, train, activation=signed_root, **options)[0].sum()
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1)))(params, x)
+
+    of_params, of_x = gradients(x, mask=mask)
+    params_alone, x_alone = gradients(x[mask])
+    for actual, expected in zip((*of_params, of_x[mask]), (*params_alone, x_alone), strict=True):
+        assert_close(actual, expected, condition=16)
+    np.testing.assert_array_equal(of_x[~mask], 0)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_masked_nan_stays_out_of_eager_gradients(dtype):
     params, state = jbn.init(3)

@@ -180,6 +180,12 @@ MOMENTA = {
     "without a hash": Refused(
         norm(momentum=Unhashable()), TypeError, "momentum", "which has no hash", "a frozen dataclass"
     ),
+    "traced, one for each feature": Refused(
+        jitted(norm(), momentum=np.ones(3, np.float32)), TypeError, "momentum", "a traced float32[3]", "of shape ()"
+    ),
+    "traced and complex": Refused(
+        jitted(norm(), momentum=np.complex64(1j)), TypeError, "momentum", "a traced complex64[]", "expected a number"
+    ),
 }
 SCHEDULES = {
     "traced warmup": Refused(

@@ -38,7 +38,9 @@ def test_nnx_gives_what_the_core_gives(rng, bounds):
     norm = jbn.nnx.BatchRenorm(3, rngs=nnx.Rngs(0), momentum=0.99, **bounds)
     assert (norm.count is None) == bool(bounds)
     norm.mean[...], norm.var[...] = START["mean"], START["var"]
-    state = jbn.State(**START, count=jnp.zeros(3))
+    if norm.count is not None:
+        norm.count[...] = 1.0
+    state = jbn.State(**START, count=jnp.ones(3))
     params = jbn.Params(norm.scale[...], norm.bias[...])
     out = norm(x)
     expected, new_state = jbn.batch_renorm(params, state, x, True, momentum=0.99, **bounds)

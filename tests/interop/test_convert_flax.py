@@ -123,6 +123,13 @@ def test_linen_modules_that_only_have_a_mean_are_left_alone():
     assert rest["batch_stats"]["observer"] == {"mean": TWO}
 
 
+def test_other_collections_of_linen_are_left_whole():
+    """Also where they hold something at the path of a norm."""
+    variables = {"batch_stats": {"norm": {"mean": TWO, "var": TWO}}, "cache": {"norm": {"mean": TWO}}}
+    _, rest = split(variables, "linen")
+    assert rest["cache"] == variables["cache"]
+
+
 def test_boxes_of_flax_are_refused_until_they_are_taken_out():
     variables = {"params": {"scale": BOXED}, "batch_stats": {"mean": TWO, "var": TWO}}
     with pytest.raises(

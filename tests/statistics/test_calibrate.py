@@ -177,6 +177,18 @@ def test_a_feature_that_is_not_finite_in_a_batch_has_no_weight_there(rng):
     np.testing.assert_array_equal(found.count, [2, 1, 2])
 
 
+def test_a_feature_that_is_always_0_has_mean_and_variance_0(rng):
+    x = rng.normal(size=(2, 8, 3)).astype(np.float32) * np.float32([1, 0, 1])
+    params, state = jbn.init(3)
+
+    def step(statistics, x):
+        _, new = jbn.batch_norm(params, state._replace(**statistics), x, True)
+        return {"mean": new.mean, "var": new.var}
+
+    found = jbn.calibrate(step, {"mean": state.mean, "var": state.var}, x)
+    assert (found["mean"][1], found["var"][1]) == (0, 0)
+
+
 def test_a_batch_of_weight_zero_is_passed_over(rng):
     x = rng.normal(size=(8, 3)).astype(np.float32)
     _, state = jbn.init(3)

@@ -12,7 +12,7 @@ from support.refusals import Refused, assert_refused, jitted, partly
 import jbn
 
 X = np.ones((4, 3), np.float32)
-HUGE = np.full((2, 3), 3e38, np.float32)
+HUGE = np.float32([[1, 3e38, 1], [2, 3e38, 2]])
 PARAMS, STATE = jbn.init(3)
 HALF = STATE._replace(mean=STATE.mean.astype("bfloat16"))
 NO_COUNT = {"mean": np.ones(2, np.float32), "var": np.ones(2, np.float32)}
@@ -27,8 +27,9 @@ def unchanged(state, batch):
 
 
 def run_twice(tree, batch):
-    """A step of a norm without a count, in which the second call moves what the first one found."""
-    return {"mean": (tree["mean"] + 1) / 2, "var": jnp.where(jnp.isinf(tree["var"]), 1.0, tree["var"])}
+    """A step of a norm without a count, in which the second call moves what the first one found; one feature is 0."""
+    one, found = jnp.array([1.0, 0.0]), jnp.isfinite(tree["var"])
+    return {"mean": (tree["mean"] + 1) / 2 * one, "var": jnp.where(found, tree["var"], one)}
 
 
 def two(states, batch):
@@ -140,6 +141,13 @@ STEPS = {
         "step",
         "(the tree itself) at features 0, 2 has weight 0 in each batch",
         "give `weights` above 0",
+    ),
+    "a feature that is finite in no batch, at a small weight": Refused(
+        calibrate(batches=[X * np.float32([1, np.nan, 1])], weights=lambda x: 0.5),
+        ValueError,
+        "step",
+        "at feature 1 is left as it was",
+        "or no batch is finite and valid there",
     ),
     "a norm run twice": Refused(
         calibrate(step=run_twice, state=NO_COUNT), ValueError, "step", "ran more than once", "give each call a norm of"

@@ -55,6 +55,9 @@ def test_health_finds_each_planted_fault():
     started = diagnostics.health({"good": good}, momentum=0.99)
     assert row_of(started, "good")["stale"] == "61% is still the start"
     assert row_of(diagnostics.health({"good": good}, momentum=0.5), "good")["stale"] is None
+    once = {"good": good._replace(count=jnp.ones(3))}
+    assert row_of(diagnostics.health(once, momentum=0.01), "good")["stale"] is None
+    assert row_of(diagnostics.health(once, momentum=0.0101), "good")["stale"] == "1% is still the start"
 
 
 @pytest.mark.standard_promotion

@@ -60,6 +60,8 @@ WINGS = {
 FOLDERS = {"core": ["core", "statistics"], "statistics": ["statistics", "interop", "core"]}
 EQUIVALENT = {
     "0ea6347c11b5841f": "jax.numpy.array copies NumPy's memory, asked to or not",
+    "0234926f3006f035": "how many norms a message lists",
+    "08ff1ecf9f524f26": "how much rounding is allowed between two runs of a layer, twice of which would do",
     "295a7c28f47215ef": "at a momentum of 0.5 both forms are the same average",
     "35bf1aebe040d5bc": "JAX clips an index to the axis, whose size is 1",
     "3dd8e232745f6e30": "only the type of the number is read",
