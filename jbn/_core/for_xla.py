@@ -27,7 +27,19 @@ def forms(platform: str) -> Iterator[None]:
 
 
 def by_platform(plain: Callable[..., Any], *operands: Any, **by_name: Callable[..., Any]) -> Any:
-    """plain(*operands), or on a platform for which a form is given by its name, what that form gives."""
+    """plain(*operands), or on a platform for which a form is given by its name, what that form gives.
+
+    To JAX, this is one function with a derivative of its own. JAX would else look for known values in each form
+    whenever a norm is differentiated: to trace a step of a ResNet-50 takes 1.1 of the time that it takes with Flax's
+    norm so, and 1.3 without.
+    """
+    choose = functools.partial(_chosen_form, plain, by_name)
+    opaque = jax.custom_jvp(lambda *operands: choose(*operands))
+    opaque.defjvp(lambda primals, tangents: jax.jvp(choose, primals, tangents))
+    return opaque(*operands)
+
+
+def _chosen_form(plain: Callable[..., Any], by_name: dict[str, Callable[..., Any]], *operands: Any) -> Any:
     if _chosen:
         return by_name.get(_chosen[-1], plain)(*operands)
     return lax.platform_dependent(*operands, default=plain, **by_name)
@@ -48,12 +60,8 @@ def added(line: jax.Array, constant: jax.Array, dtype: Any) -> jax.Array:
     ResNet-50 moves 0.994 of the bytes of Flax's, 1.014 without; with silu, a small network takes 0.991 of the time of
     Flax's on an H100, 1.004 without. Forward mode pays for it there: both terms are rounded.
     """
-    return by_platform(
-        lambda line, constant: (line + constant).astype(dtype),
-        line,
-        constant,
-        cuda=lambda line, constant: line.astype(dtype) + lax.optimization_barrier(constant.astype(dtype)),
-    )
+    forms = {"cuda": lambda line, constant: line.astype(dtype) + lax.optimization_barrier(constant.astype(dtype))}
+    return _chosen_form(lambda line, constant: (line + constant).astype(dtype), forms, line, constant)
 
 
 def rounded_once(center: jax.Array) -> jax.Array:

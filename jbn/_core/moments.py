@@ -160,9 +160,13 @@ def batch_moments(rule: Rule, x: jax.Array, mask: jax.Array | None) -> ShiftedMo
         size = math.prod(x.shape[axis] for axis in rule.reduced)
         # A NumPy scalar is a constant to XLA; a symbolic size is known when the program runs.
         count = (np if isinstance(size, int) else jnp).asarray(size, real_dtype(wide(x).dtype))
-        about_a_row = functools.partial(_about_a_row, rule.reduced, count)
-        about_zero = functools.partial(_about_zero_first, rule.reduced, count)
-        batch = ShiftedMoments(*for_xla.by_platform(about_a_row, x, tpu=about_zero), count=count)
+        a_row = functools.partial(near_the_data, reduced=rule.reduced)
+        batch = for_xla.by_platform(
+            lambda x: _about(rule.reduced, count, indexed_automatically(a_row, x, rule.reduced), x),
+            x,
+            tpu=functools.partial(_about_zero_first, rule.reduced, count),
+        )
+        batch = ShiftedMoments(*batch, count=count)
     else:
         batch = _of_valid(rule.reduced, x, mask)
     if rule.sharing is not None:
@@ -181,12 +185,6 @@ def _about(reduced: tuple[int, ...], count: Any, shift: jax.Array, x: jax.Array,
     z = zero_masked(wide(x) - lax.expand_dims(shift, reduced), mask)
     offset, mean_square = (jnp.sum(v, reduced) / cast(count, v.dtype) for v in (z, inner(z, z)))
     return [shift, offset, jnp.maximum(mean_square - inner(offset, offset), 0)]
-
-
-def _about_a_row(reduced: tuple[int, ...], count: Any, x: jax.Array) -> list[jax.Array]:
-    """Moments about values of the data, in one pass over x."""
-    row = indexed_automatically(functools.partial(near_the_data, reduced=reduced), x, reduced)
-    return _about(reduced, count, row, x)
 
 
 def _about_zero_first(reduced: tuple[int, ...], count: Any, x: jax.Array) -> list[jax.Array]:
