@@ -9,7 +9,7 @@ from jbn import diagnostics
 from jbn._arguments import checked_epsilon
 from jbn._statistics.nodes import shown
 from jbn.diagnostics._compare import distances as channel_distances
-from jbn.diagnostics._compare import pairs
+from jbn.diagnostics._compare import found, pairs, wide
 from jbn.diagnostics._laws import checked_count, written
 from jbn.diagnostics._laws import momenta as kept_at_each
 from jbn.momentum import Schedule
@@ -198,21 +198,62 @@ def running_against_population(state: Any, population: Any, *, epsilon: float = 
         `jbn.diagnostics.compare`.
     """
     added, ax = checked_epsilon(epsilon), _axes(ax)
+    errors = {path: channel_distances(*pair, added)[0] for path, pair in pairs(state, population).items()}
+    _dots_by_norm(ax, errors, "unset or not finite")
+    ax.set(ylabel="error of the normalized output (sd)", title="running against population statistics")
+    ax.set_ylim(bottom=0)
+    return ax
+
+
+def standard_deviations(state: Any, *, ax: Any = None) -> Axes:
+    """The running standard deviation of each channel, norm by norm, a dot a channel and a bar at the median.
+
+    sqrt(var), on a logarithmic axis
+
+    Args:
+        state: a tree of running statistics, of any kind that `jbn.calibrate` takes.
+        ax: matplotlib axes to draw into; None makes a figure.
+
+    Returns:
+        The axes. Channels that are dead, unset or not finite have no place on it: the norm's name counts them.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+        TypeError: the tree is traced, or ax is no matplotlib axes.
+        ValueError: the tree holds no statistics.
+
+    Example:
+        >>> import matplotlib; matplotlib.use("agg")
+        >>> import jbn
+        >>> ax = jbn.plot.standard_deviations({"stem": jbn.init(8)[1]})
+        >>> ax.get_ylabel()
+        'running standard deviation'
+
+    Source:
+        jbn's own convention.
+    """
+    ax, forest = _axes(ax), found(state, "`state`")
+    with np.errstate(invalid="ignore"):
+        deviations = {path: np.sqrt(wide(forest.at(path)["var"])) for path in forest.nodes}
+    drawn = {path: np.where(values > 0, values, np.nan) for path, values in deviations.items()}
+    _dots_by_norm(ax, drawn, "dead or unset")
+    ax.set(ylabel="running standard deviation", title="the spread of what each norm saw", yscale="log")
+    return ax
+
+
+def _dots_by_norm(ax: Axes, values: Mapping[Any, np.ndarray], lost: str) -> None:
+    """A dot for each channel of each norm; those that are not finite are counted in the norm's name."""
     labels = []
-    for place, (path, pair) in enumerate(pairs(state, population).items()):
-        error = channel_distances(*pair, added)[0].ravel()
-        usable = error[np.isfinite(error)]
+    for place, (path, channels) in enumerate(values.items()):
+        usable = channels[np.isfinite(channels)]
         across = place + np.linspace(-0.3, 0.3, len(usable)) if len(usable) > 1 else [place] * len(usable)
         ax.plot(across, usable, ".", color="C3", alpha=0.5)
         if len(usable):
             ax.hlines(np.median(usable), place - 0.4, place + 0.4, color="0.2")
-        lost = len(error) - len(usable)
-        labels.append((shown(path) or "norm") + (f" ({lost} unset or not finite)" if lost else ""))
+        number = channels.size - len(usable)
+        labels.append((shown(path) or "norm") + (f" ({number} {lost})" if number else ""))
     ax.set_xticks(range(len(labels)), labels, rotation=30, ha="right")
-    ax.set(ylabel="error of the normalized output (sd)", title="running against population statistics")
     ax.set_xlim(-0.6, len(labels) - 0.4)
-    ax.set_ylim(bottom=0)
-    return ax
 
 
 def _axes(ax: Any) -> Axes:

@@ -159,7 +159,8 @@ def _problems(names: Names, arrays: Mapping[str, jax.Array]) -> list[str]:
         elif not jnp.issubdtype(leaf.dtype, jnp.floating):
             found.append(f"`{name}` has dtype {leaf.dtype.name}, not a float one")
         elif shape is not None and leaf.shape != shape:
-            found.append(f"`{name}` has shape {leaf.shape}, not {shape} as `{names.mean}`")
+            hint = "; squeeze=True drops axes of size 1" if 1 in leaf.shape + shape else ""
+            found.append(f"`{name}` has shape {leaf.shape}, not {shape} as `{names.mean}`{hint}")
     return found
 
 

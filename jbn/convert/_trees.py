@@ -1,14 +1,35 @@
 """Every norm of a model at once: taken out of a tree by library, and put back."""
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+import numpy as np
+from jax.core import Tracer
+
+from jbn._arguments import is_number
 from jbn._core.state import Params, State
 from jbn.convert._names import check_mapping, read_all, refuse
 from jbn.convert._places import FINDERS, TREES, copied, find, insert, leaves_of
+from jbn.convert._prepare import Rename, prepared, squeezed
+
+ENOUGH = 16
+"""Fewer scales than this may be of at most 0 by chance."""
+NOT_POSITIVE = 0.25
+"""The share of scales of at most 0 from which those of a norm lie around 0."""
 
 
-def split(tree: Any, library: str, *, count: int | None = None) -> tuple[dict[str, tuple[Params, State]], Any]:
+def split(
+    tree: Any,
+    library: str,
+    *,
+    count: int | None = None,
+    rename: Rename | None = None,
+    ignore: str | Sequence[str] = (),
+    squeeze: bool = False,
+    scale_offset: float = 0.0,
+) -> tuple[dict[str, tuple[Params, State]], Any]:
     """Every batch norm of a model, converted, and the rest of the tree as it was.
 
     norms, rest = split(tree, library)
@@ -20,6 +41,12 @@ def split(tree: Any, library: str, *, count: int | None = None) -> tuple[dict[st
         library: "torch", "keras", "linen", "nnx", "haiku" or "equinox".
         count: the updates that the averages of every feature stand for, instead of those that the tree holds, which
             are 0 where it does not count. A momentum schedule goes on from there.
+        rename: for mappings in which a project has names of its own: a function from the path of a leaf to another, or
+            a mapping from a part of a path to another, as `{"gamma": "scale"}`.
+        ignore: patterns of the paths of leaves to leave out, such as `"*/bn/steps"`; `*` stands for any characters.
+        squeeze: drop axes of size 1 of the norms' arrays, as in shapes (1, 1, 1, C) and (C, 1, 1).
+        scale_offset: added to every scale; 1.0 for projects that store gamma - 1. If it is 0 and the scales of all
+            norms lie around 0, a UserWarning says that they may be stored so.
 
     Returns:
         Params and State by the path of the norm, with the library's own separator: `norms["layer1.0.bn1"]`,
@@ -28,9 +55,9 @@ def split(tree: Any, library: str, *, count: int | None = None) -> tuple[dict[st
         Arrays of JAX are handed over as they are, others are copied; half-precision statistics come as float32.
 
     Raises:
-        TypeError: tree is not of the kind that the library needs, or count is no int.
+        TypeError: tree is not of the kind that the library needs, count is no int, or an option of another kind.
         ValueError: unknown library, no batch norm in the tree, or entries that are missing, extra or misshaped; the
-            error lists them all. What looks like a batch norm and is none is to be taken out before.
+            error lists them all. What looks like a batch norm and is none is to be ignored.
 
     Example:
         >>> import numpy as np
@@ -45,15 +72,20 @@ def split(tree: Any, library: str, *, count: int | None = None) -> tuple[dict[st
         jbn's own convention.
     """
     _check_library(library, tuple(FINDERS))
-    names, nodes, rest = find(tree, library)
+    offset = _checked_offset(scale_offset)
+    names, nodes, rest = find(prepared(tree, library, rename, ignore), library)
     if not nodes:
         raise ValueError(
             f"`tree` holds no batch norm of {names.library}: expected `{names.mean}` and `{names.var}` somewhere in "
             f"{TREES[library]}."
         )
+    nodes = {where: squeezed(entries) for where, entries in nodes.items()} if squeeze else nodes
     norms, problems = read_all(names, nodes, count)
     refuse(names.library, problems)
-    return norms, rest
+    if offset == 0:
+        _warn_of_scales([params.scale for params, _ in norms.values() if params.scale is not None])
+        return norms, rest
+    return {where: (_moved(params, offset), state) for where, (params, state) in norms.items()}, rest
 
 
 def join(norms: Mapping[str, tuple[Params, State]], rest: Any, library: str, *, with_count: bool = False) -> Any:
@@ -100,6 +132,29 @@ def join(norms: Mapping[str, tuple[Params, State]], rest: Any, library: str, *, 
         for path, leaf in leaves_of(where, *norm, library).items():
             insert(tree, path, leaf, library, with_count)
     return tree
+
+
+def _checked_offset(offset: Any) -> float:
+    if not is_number(offset) or not np.isfinite(float(offset)):
+        raise TypeError(f"`scale_offset` is {offset!r}: expected a number, 1.0 for scales stored as gamma - 1.")
+    return float(offset)
+
+
+def _moved(params: Params, offset: float) -> Params:
+    """The parameters with a number added to the scale."""
+    return params if params.scale is None else params._replace(scale=params.scale + offset)
+
+
+def _warn_of_scales(scales: list[jax.Array]) -> None:
+    """Scales are mostly positive, but for norms that start from 0, as at the end of residual branches."""
+    if any(isinstance(scale, Tracer) for scale in scales) or sum(scale.size for scale in scales) < ENOUGH:
+        return
+    if all(scale.size and np.mean(np.asarray(scale) <= 0) >= NOT_POSITIVE for scale in scales):
+        warnings.warn(
+            f"the scales of all {len(scales)} norms lie around 0, as if they were gamma - 1: if so, give "
+            "scale_offset=1.0.",
+            stacklevel=3,
+        )
 
 
 def _check_library(library: Any, known: tuple[str, ...]) -> None:

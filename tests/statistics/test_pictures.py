@@ -29,6 +29,7 @@ PICTURES = {
     "weight": lambda **ax: plot.initial_weight(100, {"0.9": 0.9, "warmup": jbn.momentum.warmup(0.9)}, **ax),
     "error": lambda **ax: plot.error_against_momentum(1000, 32, **ax),
     "layers": lambda **ax: plot.running_against_population(STATE, RIGHT, **ax),
+    "deviations": lambda **ax: plot.standard_deviations(STATE, **ax),
 }
 
 

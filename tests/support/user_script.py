@@ -75,6 +75,7 @@ def see_and_repair(params: jbn.Params, state: jbn.State, x: jax.Array) -> jbn.St
         jbn.plot.initial_weight(100, {"0.9": 0.9}),
         jbn.plot.error_against_momentum(100, 32, distances=[1.0]),
         jbn.plot.running_against_population(state, population),
+        jbn.plot.standard_deviations(state),
     ]
     print(axes, jbn.linen.BatchRenorm(), jbn.nnx.BatchRenorm(3, rngs=nnx.Rngs(0)))
     return population

@@ -1,0 +1,135 @@
+"""Files of weights, of NumPy, safetensors, PyTorch and Keras: the statistics in them, by the path of their norm."""
+
+import re
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jbn.diagnostics._health import BATCH_NORM
+
+NAMES = (
+    {"running_mean": "mean", "running_var": "var", "num_batches_tracked": "count"},
+    {"moving_mean": "mean", "moving_variance": "var"},
+    {"mean": "mean", "var": "var", "count": "count"},
+)
+"""What PyTorch, Keras and Flax call the statistics of a norm."""
+PLACES = re.compile(r"(.*?)/?vars/(\d+)$")
+"""Keras' `.weights.h5` numbers the variables of a layer: gamma, beta, moving mean and moving variance."""
+Arrays = dict[str, Any]
+
+
+def reads(path: Path) -> bool:
+    """Whether a file of this name is one of weights."""
+    return path.suffix.lower() in READERS
+
+
+def statistics(path: Path) -> dict[str, dict[str, Any]]:
+    """Mean, variance and count of each norm in a file, by the path of the norm.
+
+    Raises:
+        ModuleNotFoundError: a package that reads such files is not installed.
+        ValueError: the file is broken, or has something else in it.
+    """
+    read = READERS[path.suffix.lower()]
+    try:
+        arrays = read(path)
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # each library has errors of its own for what it cannot read
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(f"it is no whole {path.suffix} file of arrays ({type(error).__name__}: {reason})") from None
+    norms: dict[str, dict[str, Any]] = {}
+    for name, array in _by_name(arrays).items():
+        node, _, field = name.rpartition("/")
+        norms.setdefault(node, {})[field] = array
+    return norms
+
+
+def _by_name(arrays: Arrays) -> Arrays:
+    """The statistics among the arrays, as norm/mean, norm/var and norm/count."""
+    found: Arrays = {}
+    layers: dict[str, dict[int, Any]] = {}
+    for path, array in arrays.items():
+        path = path.removesuffix(":0")
+        node, _, name = re.sub(r"\.(?=[^./]*$)", "/", path).rpartition("/")
+        if numbered := PLACES.fullmatch(path):
+            layers.setdefault(numbered[1], {})[int(numbered[2])] = array
+        for names in NAMES:
+            if name in names:
+                found[f"{node}/{names[name]}"] = array
+    for layer, variables in layers.items():
+        if BATCH_NORM.search(layer) and len(variables) >= 2 and len({np.shape(one) for one in variables.values()}) == 1:
+            *_, mean, var = (variables[place] for place in sorted(variables))
+            found |= {f"{layer}/mean": mean, f"{layer}/var": var}
+    return found
+
+
+def _is_wanted(path: str) -> bool:
+    """Whether it may be a statistic; other arrays are not even read."""
+    name = re.split(r"[/.]", path.removesuffix(":0"))[-1]
+    return any(name in names for names in NAMES) or PLACES.fullmatch(path) is not None
+
+
+def _flat(tree: Any, above: str = "") -> Arrays:
+    """The arrays in nested mappings, by their paths."""
+    found: Arrays = {}
+    for key, value in tree.items() if isinstance(tree, Mapping) else ():
+        path = f"{above}{key}"
+        found |= _flat(value, f"{path}/") if isinstance(value, Mapping) else {path: value}
+    return {path: value for path, value in found.items() if hasattr(value, "shape") or isinstance(value, int | float)}
+
+
+def _read_npz(path: Path) -> Arrays:
+    """Without pickles, which could run code."""
+    if not zipfile.is_zipfile(path):
+        raise ValueError("not a zip file")
+    with np.load(path, allow_pickle=False) as stored:
+        return {name: stored[name] for name in stored.files if _is_wanted(name)}
+
+
+def _read_safetensors(path: Path) -> Arrays:
+    try:
+        from safetensors import safe_open
+    except ModuleNotFoundError:
+        raise _needed("safetensors", path) from None
+    # Not NumPy, which has no bfloat16.
+    with safe_open(path, framework="flax") as stored:
+        names = [name for name in stored.keys() if _is_wanted(name)]  # noqa: SIM118  it is no mapping
+        return {name: stored.get_tensor(name) for name in names}
+
+
+def _read_torch(path: Path) -> Arrays:
+    """Tensors and plain containers alone, so that nothing of the file is run."""
+    try:
+        import torch
+    except ModuleNotFoundError:
+        raise _needed("torch", path) from None
+    stored = _flat(torch.load(path, map_location="cpu", weights_only=True))
+    return {name: value.float().numpy() if hasattr(value, "numpy") else value for name, value in stored.items()}
+
+
+def _read_keras(path: Path) -> Arrays:
+    try:
+        import h5py
+    except ModuleNotFoundError:
+        raise _needed("h5py", path) from None
+    found: Arrays = {}
+    with h5py.File(path, "r") as file:
+        file.visititems(lambda name, item: found.update({name: item}) if isinstance(item, h5py.Dataset) else None)
+        return {name: item[()] for name, item in found.items() if _is_wanted(name)}
+
+
+def _needed(package: str, path: Path) -> ModuleNotFoundError:
+    return ModuleNotFoundError(f"{path.suffix} needs {package}, which is not installed: pip install {package}")
+
+
+READERS: dict[str, Callable[[Path], Arrays]] = {
+    ".npz": _read_npz,
+    ".safetensors": _read_safetensors,
+    **dict.fromkeys((".pt", ".pth"), _read_torch),
+    **dict.fromkeys((".h5", ".hdf5"), _read_keras),
+}
+"""By the ending of a file's name."""

@@ -1,0 +1,91 @@
+"""What is done to the tree of another project before its norms are taken out: leaves renamed, left out, squeezed."""
+
+import fnmatch
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+Rename = Callable[[str], str] | Mapping[str, str]
+SEPARATORS = {"torch": ".", "keras": "/", "linen": "/", "nnx": "/"}
+"""Of the libraries whose trees are mappings, what stands between the parts of a path."""
+FLAT = ("torch", "keras")
+"""Libraries whose trees are mappings from whole paths."""
+
+
+def prepared(tree: Any, library: str, rename: Rename | None, ignore: str | Sequence[str]) -> Any:
+    """The tree with other paths, and without the leaves that are ignored."""
+    patterns = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    if any(not isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(f"`ignore` is {ignore!r}: expected patterns of paths, each a str such as '*/ema'.")
+    if rename is None and not patterns:
+        return tree
+    if library not in SEPARATORS or not isinstance(tree, Mapping):
+        raise ValueError(
+            f"`rename` and `ignore` are for mappings of {', '.join(SEPARATORS)}, but `library` is {library!r} and "
+            f"`tree` a {type(tree).__name__}: change its paths before."
+        )
+    separator = SEPARATORS[library]
+    result: dict[Any, Any] = {}
+    taken: dict[tuple[Any, ...], str] = {}
+    for keys, leaf in _leaves(tree):
+        old = separator.join(map(str, keys))
+        if any(fnmatch.fnmatchcase(old, pattern) for pattern in patterns):
+            continue
+        new = _renamed(old, rename, separator)
+        place = keys if new == old else (new,) if library in FLAT else tuple(new.split(separator))
+        if place in taken:
+            raise ValueError(f"`rename` gives {new} to {taken[place]} and to {old}: expected a path for each.")
+        taken[place] = old
+        _put(result, place, leaf, old)
+    return result
+
+
+def squeezed(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Arrays without their axes of size 1, as (1, 1, 1, C) and (C, 1, 1); one of a single feature keeps one axis."""
+    return {name: _squeezed(value) for name, value in entries.items()}
+
+
+def _squeezed(value: Any) -> Any:
+    shape = np.shape(value) if hasattr(value, "shape") else ()
+    if len(shape) < 2:
+        return value
+    value = value[...] if hasattr(value, "get_value") else value
+    return value.reshape(tuple(size for size in shape if size != 1) or (1,))
+
+
+def _leaves(tree: Mapping[Any, Any], above: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, (*above, key))
+        else:
+            yield (*above, key), value
+
+
+def _renamed(path: str, rename: Rename | None, separator: str) -> str:
+    """The path, by a function of the whole, or by a mapping of its parts."""
+    if rename is None:
+        return path
+    if isinstance(rename, Mapping):
+        return separator.join(rename.get(part, part) for part in path.split(separator))
+    if not callable(rename):
+        raise TypeError(
+            f"`rename` is {rename!r}: expected a function from a path to another, or a mapping from a part of a path "
+            "to another, such as {'gamma': 'scale'}."
+        )
+    new = rename(path)
+    if not isinstance(new, str):
+        raise TypeError(f"`rename` gives {new!r} for {path}: expected a path, a str.")
+    return new
+
+
+def _put(tree: dict[Any, Any], place: tuple[Any, ...], leaf: Any, old: str) -> None:
+    """Put a leaf where its keys lead."""
+    *above, last = place
+    for key in above:
+        tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):
+            raise ValueError(f"`rename` puts {old} below another leaf: expected a path of its own.")
+    if last in tree:
+        raise ValueError(f"`rename` puts {old} where other leaves are: expected a path of its own.")
+    tree[last] = leaf
