@@ -186,9 +186,9 @@ def checked_mask(mask: Any, shape: Sequence[int], axes: Axes) -> jax.Array | Non
             "For a mask of zeros and ones use mask.astype(bool)."
         )
     short = tuple(shape[axis] for axis in axes.reduced)
-    if _fits(mask.shape, short):
+    if fits(mask.shape, short):
         return jnp.expand_dims(mask, axes.feature)
-    if _fits(mask.shape, shape):
+    if fits(mask.shape, shape):
         return mask
     raise ValueError(
         f"`mask` has shape {mask.shape}, which does not match x of shape {tuple(shape)} without its feature axes "
@@ -217,7 +217,8 @@ def checked_shortcut(shortcut: Any, x: jax.Array) -> jax.Array | None:
     return shortcut if narrow else shortcut.astype(arithmetic_dtype(x.dtype))
 
 
-def _fits(shape: Sequence[int], expected: Sequence[int]) -> bool:
+def fits(shape: Sequence[int], expected: Sequence[int]) -> bool:
+    """Whether a mask of this shape has the axes that are expected, of their size or of size 1."""
     return len(shape) == len(expected) and all(m in (1, n) for m, n in zip(shape, expected, strict=True))
 
 

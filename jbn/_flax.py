@@ -1,10 +1,14 @@
 """What the Linen and the NNX modules share: which statistics a call uses, and the core's calls by attributes."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from jbn import _arguments
+from jbn._arguments import Axes
 from jbn._core.batch_norm import batch_norm
 from jbn._core.batch_renorm import batch_renorm
 from jbn._core.state import Params, State
@@ -79,6 +83,7 @@ def apply(
         optional.update({name: getattr(module, name) for name in names})
     x = inputs["x"]
     axes = _arguments.checked_axes(module.axis, x.ndim, "axis")
+    inputs = {**inputs, "mask": _as_flax_has_it(inputs["mask"], x.shape, axes)}
     check_shapes(module, x, axes.features(x.shape), **state._asdict(), **params._asdict())
     if mode.train:
         _check_state_dtype(state)
@@ -106,6 +111,15 @@ def _check_state_dtype(state: State) -> None:
                 "since small updates are lost in half precision. Where a whole model was cast, cast the parameters "
                 "alone, or cast the statistics back: jax.tree.map(lambda leaf: leaf.astype(jnp.float32), statistics)."
             )
+
+
+def _as_flax_has_it(mask: Any, shape: Sequence[int], axes: Axes) -> Any:
+    """A mask that Flax would broadcast from the last axis on, with the rank of x, where it fits in no other way."""
+    given = np.shape(mask) if hasattr(mask, "shape") else ()
+    short, last = [shape[axis] for axis in axes.reduced], list(shape[len(shape) - len(given) :])
+    if not given or len(given) >= len(shape) or _arguments.fits(given, short) or not _arguments.fits(given, last):
+        return mask
+    return jnp.expand_dims(mask, range(len(shape) - len(given)))
 
 
 def check_shapes(module: Any, x: jax.Array, features: tuple[int, ...], **variables: Any) -> None:

@@ -15,6 +15,8 @@ from jbn._statistics.upgrade import for_each_feature
 
 Norm = tuple[Params, State]
 LARGEST = 2**31 - 1
+ONE_AXIS = ("PyTorch", "Keras")
+"""Libraries whose norms have their features on one axis."""
 
 
 class Names(NamedTuple):
@@ -158,6 +160,10 @@ def _problems(names: Names, arrays: Mapping[str, jax.Array]) -> list[str]:
                 found.append(f"`{name}` has shape {leaf.shape}, not {shape} or ()")
         elif not jnp.issubdtype(leaf.dtype, jnp.floating):
             found.append(f"`{name}` has dtype {leaf.dtype.name}, not a float one")
+        elif len(leaf.shape) > 1 and 1 in leaf.shape and names.library in ONE_AXIS:
+            found.append(
+                f"`{name}` has shape {leaf.shape}, not one axis of features; squeeze=True drops axes of size 1"
+            )
         elif shape is not None and leaf.shape != shape:
             hint = "; squeeze=True drops axes of size 1" if 1 in leaf.shape + shape else ""
             found.append(f"`{name}` has shape {leaf.shape}, not {shape} as `{names.mean}`{hint}")

@@ -26,6 +26,8 @@ def prepared(tree: Any, library: str, rename: Rename | None, ignore: str | Seque
             f"`tree` a {type(tree).__name__}: change its paths before."
         )
     separator = SEPARATORS[library]
+    if isinstance(rename, Mapping):
+        _check_parts(rename, tree, separator)
     result: dict[Any, Any] = {}
     taken: dict[tuple[Any, ...], str] = {}
     for keys, leaf in _leaves(tree):
@@ -67,7 +69,8 @@ def _renamed(path: str, rename: Rename | None, separator: str) -> str:
     if rename is None:
         return path
     if isinstance(rename, Mapping):
-        return separator.join(rename.get(part, part) for part in path.split(separator))
+        parts = (rename.get(part, part) for part in path.split(separator))
+        return separator.join(part for part in parts if part)
     if not callable(rename):
         raise TypeError(
             f"`rename` is {rename!r}: expected a function from a path to another, or a mapping from a part of a path "
@@ -77,6 +80,17 @@ def _renamed(path: str, rename: Rename | None, separator: str) -> str:
     if not isinstance(new, str):
         raise TypeError(f"`rename` gives {new!r} for {path}: expected a path, a str.")
     return new
+
+
+def _check_parts(rename: Mapping[str, str], tree: Mapping[Any, Any], separator: str) -> None:
+    """Each key of a mapping is a whole part of some path."""
+    parts = {part for keys, _ in _leaves(tree) for part in separator.join(map(str, keys)).split(separator)}
+    if unknown := [key for key in rename if key not in parts]:
+        raise ValueError(
+            f"`rename` has {', '.join(map(repr, unknown))}, which no path has between its separators {separator!r}: "
+            f"expected whole parts such as {', '.join(map(repr, sorted(parts)[:5]))}; a function of the path can "
+            "change more, as lambda path: path.removeprefix('module.')."
+        )
 
 
 def _put(tree: dict[Any, Any], place: tuple[Any, ...], leaf: Any, old: str) -> None:

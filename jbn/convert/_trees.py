@@ -41,8 +41,9 @@ def split(
         library: "torch", "keras", "linen", "nnx", "haiku" or "equinox".
         count: the updates that the averages of every feature stand for, instead of those that the tree holds, which
             are 0 where it does not count. A momentum schedule goes on from there.
-        rename: for mappings in which a project has names of its own: a function from the path of a leaf to another, or
-            a mapping from a part of a path to another, as `{"gamma": "scale"}`.
+        rename: for mappings in which a project has names of its own, in the rest too: a function from the path of a
+            leaf to another, as `lambda path: path.removeprefix("module.")`, or a mapping from a part of a path, between
+            separators, to another, as `{"gamma": "scale"}`; an empty one drops the part.
         ignore: patterns of the paths of leaves to leave out, such as `"*/bn/steps"`; `*` stands for any characters.
         squeeze: drop axes of size 1 of the norms' arrays, as in shapes (1, 1, 1, C) and (C, 1, 1).
         scale_offset: added to every scale; 1.0 for projects that store gamma - 1. If it is 0 and the scales of all
@@ -92,7 +93,8 @@ def join(norms: Mapping[str, tuple[Params, State]], rest: Any, library: str, *, 
     """The tree of a model from its norms and the rest; the inverse of `split`.
 
     join(*split(tree, library), library) = tree, but for half-precision statistics and NumPy's lack of bfloat16, which
-    come back as float32, and for PyTorch's `num_batches_tracked`, which is written where there was none too
+    come back as float32, for PyTorch's `num_batches_tracked`, which is written where there was none too, and for what
+    the options of `split` changed
 
     Args:
         norms: Params and State by the path of the norm, as `split` gives them.

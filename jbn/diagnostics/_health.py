@@ -31,7 +31,7 @@ def health(
     epsilon: float = 1e-5,
     far: float = 0.5,
 ) -> Table:
-    """Every norm in a tree, with the channels that something is wrong with.
+    """Every norm in a tree, with how many of its channels something is wrong with.
 
     dead: 0 <= var <= epsilon, unset: var = -inf, not finite: anything else that is no mean and variance,
     far: error > far (see `compare`)

@@ -74,6 +74,16 @@ def test_steps_are_those_of_flax(rng, options):
 
 
 @pytest.mark.standard_promotion
+def test_a_mask_that_only_flax_can_place_is_taken_as_flax_does(rng):
+    """From the last axis on: one of the features; a mask of the examples stays one where it fits."""
+    x, norm = images(rng), jbn.linen.BatchNorm(momentum=0.0)
+    variables = norm.init(KEY, x, use_running_average=False)
+    for mask, whole in ((np.array([True, False, True]), (1, 1, 3)), (rng.random((6, 4)) < 0.6, (6, 4, 1))):
+        out, _ = trained(norm, variables, x, mask=mask)
+        np.testing.assert_array_equal(out, trained(norm, variables, x, mask=mask.reshape(whole))[0])
+
+
+@pytest.mark.standard_promotion
 def test_dtype_of_the_result_is_that_of_flax():
     """Under every dtype of input, parameters and result; with and without parameters; in training and inference."""
     cases = itertools.product(

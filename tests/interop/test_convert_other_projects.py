@@ -53,6 +53,8 @@ def test_other_names_are_renamed_by_parts_or_by_a_function():
     flat = {f"module.{name.replace('running_', 'moving_')}": leaf for name, leaf in PLAIN.items()}
     renamed, _ = split(flat, "torch", rename=lambda path: path.removeprefix("module.").replace("moving_", "running_"))
     assert_same_trees(renamed["bn"], EXPECTED)
+    prefixed = {f"module.{name}": leaf for name, leaf in PLAIN.items()}
+    assert_same_trees(split(prefixed, "torch", rename={"module": ""})[0]["bn"], EXPECTED)
 
 
 def test_what_is_not_used_is_listed_or_ignored():
@@ -114,6 +116,16 @@ REFUSED = {
     ),
     "ignore a number": Refused(splitting(PLAIN, ignore=[3]), TypeError, "ignore", "is [3]", "patterns of paths"),
     "offset": Refused(splitting(PLAIN, scale_offset="1"), TypeError, "scale_offset", "is '1'", "a number, 1.0"),
+    "no such part": Refused(
+        splitting(PLAIN, rename={"bn.weight": "scale"}), ValueError, "rename", "has 'bn.weight'", "whole parts such as"
+    ),
+    "several axes": Refused(
+        splitting({name: leaf[None, :, None, None] for name, leaf in PLAIN.items()}),
+        ValueError,
+        "running_mean",
+        "has shape (1, 3, 1, 1)",
+        "squeeze=True",
+    ),
     "shape": Refused(
         splitting({**PLAIN, "bn.weight": GAMMA[None]}), ValueError, "weight", "has shape (1, 3)", "squeeze=True drops"
     ),
