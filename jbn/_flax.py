@@ -115,7 +115,7 @@ def _check_state_dtype(state: State) -> None:
 
 def _as_flax_has_it(mask: Any, shape: Sequence[int], axes: Axes) -> Any:
     """A mask that Flax would broadcast from the last axis on, with the rank of x, where it fits in no other way."""
-    given = np.shape(mask) if hasattr(mask, "shape") else ()
+    given = mask.shape if isinstance(mask, np.ndarray | jax.Array) and mask.dtype == np.bool_ else ()
     short, last = [shape[axis] for axis in axes.reduced], list(shape[len(shape) - len(given) :])
     if not given or len(given) >= len(shape) or _arguments.fits(given, short) or not _arguments.fits(given, last):
         return mask

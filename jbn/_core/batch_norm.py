@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
@@ -210,7 +209,7 @@ def checked_call(params: Any, state: Any, inputs: Inputs, *, train: bool, **opti
     rule = checked_rule(x, **options)
     features = rule.axes.features(x.shape)
     why = f"as x of shape {tuple(x.shape)} has it on `feature_axis` {rule.axes.feature}; jbn.init({features}) makes it"
-    fitting = [axis for axis, size in enumerate(x.shape) if (size,) == np.shape(state.mean)]
+    fitting = [axis for axis, size in enumerate(x.shape) if (size,) == getattr(state.mean, "shape", ())]
     why += f", and feature_axis={fitting[0]} takes the state as it is" if fitting else ""
     for name, vectors in (("params", params), ("state", state)):
         _arguments.check_vectors(name, vectors, features, why)

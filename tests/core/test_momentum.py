@@ -105,6 +105,21 @@ def test_schedules_are_values():
     assert jbn.renorm.r_max(5.0, begin=10, end=20) != made["jbn.renorm.d_max(5.0, begin=10, end=20)"]
 
 
+def test_scalars_of_numpy_and_jax_are_turned_into_numbers():
+    """A schedule of either is the one that a number makes, and so is every program that takes it."""
+    made = {
+        jbn.momentum.warmup(0.5): jbn.momentum.warmup,
+        jbn.momentum.debiased(0.5): jbn.momentum.debiased,
+        jbn.renorm.r_max(2.5, begin=10, end=20): functools.partial(jbn.renorm.r_max, begin=10, end=np.int64(20)),
+        jbn.renorm.d_max(2.5, begin=10, end=20): functools.partial(jbn.renorm.d_max, begin=np.int32(10), end=20),
+    }
+    for expected, make in made.items():
+        number = 0.5 if "momentum" in repr(expected) else 2.5
+        for scalar in (np.float32(number), np.array(number), jnp.float32(number)):
+            assert make(scalar) == expected and repr(make(scalar)) == repr(expected)
+            assert hash(make(scalar)) == hash(expected)
+
+
 def by_a_condition(count):
     return 2 if count < 9 else 3
 

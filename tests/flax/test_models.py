@@ -102,6 +102,36 @@ def test_copies_of_modules_are_the_same(rng, copied):
     np.testing.assert_array_equal(copied(norm)(x, use_running_average=True), norm(x, use_running_average=True))
 
 
+def scheduled(seed=0):
+    """A norm with schedules, made anew, as two runs of one script make it."""
+    return jbn.nnx.BatchRenorm(
+        3,
+        momentum=jbn.momentum.warmup(np.float32(0.5)),
+        r_max=jbn.renorm.r_max(end=20, begin=10),
+        rngs=nnx.Rngs(seed),
+    )
+
+
+def test_modules_that_are_made_alike_run_through_one_trace_and_map_over_each_other(rng):
+    traces = []
+
+    @nnx.jit
+    def apply(model, x):
+        traces.append(None)
+        return model(x)
+
+    x, models = normal(rng, 6, 3), [scheduled(seed) for seed in range(3)]
+    for model in models:
+        apply(model, x)
+    assert len(traces) == 1
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, *(nnx.state(model) for model in models[:2]))
+    np.testing.assert_array_equal(mean["mean"][...], models[0].mean[...])
+    assert jax.tree.structure(models[0]) == jax.tree.structure(models[1])
+    linens = [jbn.linen.BatchNorm(momentum=jbn.momentum.warmup(momentum)) for momentum in (0.5, np.float64(0.5))]
+    assert linens[0] == linens[1] == pickled(linens[0])
+    assert hash(linens[0]) == hash(linens[1])
+
+
 @pytest.mark.standard_promotion
 @pytest.mark.parametrize("times", [1, 3])
 def test_tables_of_linen_models_are_those_of_flax(times):
