@@ -64,13 +64,14 @@ def added(line: jax.Array, constant: jax.Array, dtype: Any) -> jax.Array:
     return _chosen_form(lambda line, constant: (line + constant).astype(dtype), forms, line, constant)
 
 
-def rounded_once(center: jax.Array) -> jax.Array:
-    """A center with one bit less, which serves as well; plain: the center.
+def computed_once(center: jax.Array) -> jax.Array:
+    """A center with one bit less, which serves as well, and which all uses have the same; plain: the center.
 
-    XLA may compute a quotient again in each of its uses, and round it in one and not in another, where it fuses it with
-    a subtraction. An offset from one center then belongs to another: at mean/sd 1e6 the variance is off by 4e-4. After
-    reduce_precision, which no bit survives unrounded, all uses have the same center.
+    XLA may compute a center again in each of its uses: on a CPU the quotient, rounded in one and not in another, where
+    it fuses it with a subtraction; on a GPU a sum of few values too, in another order. An offset from one center then
+    belongs to another: the variance is off by 4e-4 at mean/sd 1e6 on a CPU, by 8e-4 at 1e5 on an H100. No bit that
+    reduce_precision leaves is rounded again; on a GPU, the barrier keeps the sum in one kernel.
     """
     form = jnp.finfo(center.dtype)
-    round_ = functools.partial(lax.reduce_precision, exponent_bits=form.nexp, mantissa_bits=form.nmant - 1)
-    return center if _chosen[-1:] == ["plain"] else by_parts(round_, center)
+    narrowed = functools.partial(lax.reduce_precision, exponent_bits=form.nexp, mantissa_bits=form.nmant - 1)
+    return center if _chosen[-1:] == ["plain"] else lax.optimization_barrier(by_parts(narrowed, center))

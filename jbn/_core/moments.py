@@ -200,7 +200,7 @@ def _about_zero_first(reduced: tuple[int, ...], count: Any, x: jax.Array) -> lis
     # The variance's error is at most about 9 units of rounding while mean**2 <= 8 var; written so that NaN is lost too.
     lost = jnp.any(~(inner(mean, mean) <= 8 * var) | ~lax.is_finite(var))
     again = functools.partial(_about, reduced, count)
-    return lax.cond(lost, lambda x, first: again(for_xla.rounded_once(first[1]), x), lambda x, first: first, x, first)
+    return lax.cond(lost, lambda x, first: again(for_xla.computed_once(first[1]), x), lambda x, first: first, x, first)
 
 
 def _of_valid(reduced: tuple[int, ...], x: jax.Array, mask: jax.Array) -> ShiftedMoments:
@@ -208,7 +208,7 @@ def _of_valid(reduced: tuple[int, ...], x: jax.Array, mask: jax.Array) -> Shifte
     repeats = math.prod(x.shape[axis] for axis in reduced if mask.shape[axis] == 1)
     count = jnp.sum(mask, reduced, dtype=jnp.int32).astype(real_dtype(wide(x).dtype)) * repeats
     divisor = jnp.maximum(count, 1)
-    mean = for_xla.rounded_once(jnp.sum(zero_masked(wide(x), mask), reduced) / cast(divisor, wide(x).dtype))
+    mean = for_xla.computed_once(jnp.sum(zero_masked(wide(x), mask), reduced) / cast(divisor, wide(x).dtype))
     return ShiftedMoments(*_about(reduced, divisor, mean, x, mask), count=count)
 
 
@@ -262,7 +262,7 @@ def _merged(part: ShiftedMoments, add: Callable[[Sequence[jax.Array]], Sequence[
     weight = cast(part.count, part.shift.dtype)
     count, total = add((part.count, weight * mean_of(part)))
     divisor = jnp.where(count > 0, count, jnp.ones_like(count))
-    center = for_xla.rounded_once(lax.stop_gradient(total / cast(divisor, total.dtype)))  # any gives the same moments
+    center = for_xla.computed_once(lax.stop_gradient(total / cast(divisor, total.dtype)))  # any gives the same moments
     distance = part.shift - center if part.offset is None else (part.shift - center) + part.offset
     distance = jnp.where(part.count > 0, distance, jnp.zeros_like(distance))
     sums = add((weight * distance, part.count * (part.var + inner(distance, distance))))

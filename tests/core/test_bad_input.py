@@ -277,6 +277,8 @@ def test_an_object_that_has_changed_computes_anew():
 
     expected = norm(activation=lambda y: jnp.where(y > 0, y, y * 0.5))()[0]
     np.testing.assert_array_equal(Leaky.called(norm, 0.1, 0.5), expected)
+    by_parts = functools.partial(Leaky.called, lambda activation: norm(activation=functools.partial(activation)))
+    np.testing.assert_array_equal(by_parts(0.1, 0.5), expected)
     schedule = Constant()
     for schedule.momentum in (1.0, 0.0):
         _, state = norm(momentum=schedule)()

@@ -33,6 +33,8 @@ def test_axes_of_size_1_are_dropped_where_asked_for(shape):
 def test_squeezed_one_feature_keeps_its_axis_and_a_stack_its_layers():
     one = {f"bn.{name}": np.ones((1, 1, 1), np.float32) for name in ("running_mean", "running_var")}
     assert split(one, "torch", squeeze=True)[0]["bn"][1].mean.shape == (1,)
+    counted = {**one, "bn.num_batches_tracked": np.int64(7)}
+    np.testing.assert_array_equal(split(counted, "torch", squeeze=True)[0]["bn"][1].count, [7])
     stack = {f"bn.{name}": np.ones((2, 1, 1, C), np.float32) for name in ("running_mean", "running_var")}
     assert split(stack, "torch", squeeze=True)[0]["bn"][1].mean.shape == (2, C)
 
@@ -110,6 +112,13 @@ REFUSED = {
     ),
     "below a leaf": Refused(
         splitting({"a": {"b": 1}, "c": 2}, "linen", rename={"c": "a/b/c"}), ValueError, "rename", "puts c", "of its own"
+    ),
+    "in place of others": Refused(
+        splitting({"a": {"b": 1}, "c": 2}, "linen", rename={"c": "a"}),
+        ValueError,
+        "rename",
+        "puts c where other",
+        "own",
     ),
     "rename a pair": Refused(
         splitting(({}, {}), "haiku", rename={"a": "b"}), ValueError, "rename", "is 'haiku'", "change its paths before"
