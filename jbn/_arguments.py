@@ -263,12 +263,7 @@ def as_constant(name: str, function: Any) -> Any:
             f"`{name}` is {function!r}, which has no hash: expected a function, or an object with __hash__ and __eq__, "
             "such as a frozen dataclass without arrays. Apply what holds arrays to the result."
         ) from None
-    inner = function
-    while isinstance(inner, functools.partial):
-        inner = inner.func
-    kind = type(inner)
-    by_identity = kind.__eq__ is object.__eq__ and kind.__module__.partition(".")[0] not in OF_FUNCTIONS
-    if not (by_identity or inspect.ismethod(inner)):
+    if not _may_change(function):
         return function
 
     @functools.wraps(function)
@@ -276,6 +271,15 @@ def as_constant(name: str, function: Any) -> Any:
         return function(*given)
 
     return called_anew
+
+
+def _may_change(value: Any) -> bool:
+    """Whether a function, or what is bound to it, compares by identity, whatever its attributes are."""
+    if isinstance(value, functools.partial):
+        return any(map(_may_change, (value.func, *value.args, *value.keywords.values())))
+    kind = type(value)
+    by_identity = kind.__eq__ is object.__eq__ and kind.__module__.partition(".")[0] not in OF_FUNCTIONS
+    return by_identity or inspect.ismethod(value)
 
 
 def is_number(value: Any) -> bool:

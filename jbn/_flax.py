@@ -9,6 +9,7 @@ import numpy as np
 
 from jbn import _arguments
 from jbn._arguments import Axes
+from jbn._complex import is_complex
 from jbn._core.batch_norm import batch_norm
 from jbn._core.batch_renorm import batch_renorm
 from jbn._core.state import Params, State
@@ -85,8 +86,11 @@ def apply(
     axes = _arguments.checked_axes(module.axis, x.ndim, "axis")
     inputs = {**inputs, "mask": _as_flax_has_it(inputs["mask"], x.shape, axes)}
     check_shapes(module, x, axes.features(x.shape), **state._asdict(), **params._asdict())
-    if mode.train:
+    _check_kind(state, x)
+    if mode.updates:
         _check_state_dtype(state)
+    elif mode.train:
+        state = _widened(state)
     return call(
         params,
         state,
@@ -100,6 +104,21 @@ def apply(
         **inputs,
         **optional,
     )
+
+
+def _check_kind(state: State, x: jax.Array) -> None:
+    """Flax's modules start from a real mean for complex x too."""
+    if is_complex(state.mean) != is_complex(x):
+        wanted = _arguments.arithmetic_dtype(x.dtype).name
+        raise TypeError(
+            f"`mean` has dtype {state.mean.dtype.name}, but x has dtype {x.dtype.name}: expected {wanted}, as a module "
+            f"that is made for such x has it; mean.astype(jnp.{wanted}) converts a loaded one."
+        )
+
+
+def _widened(state: State) -> State:
+    """Statistics that are read and not updated, in a dtype that training takes."""
+    return jax.tree.map(lambda leaf: leaf.astype(_arguments.arithmetic_dtype(leaf.dtype)), state)
 
 
 def _check_state_dtype(state: State) -> None:

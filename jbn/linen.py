@@ -103,7 +103,8 @@ class BatchNorm(nn.Module):
             x: float32, float64, bfloat16 or float16 array; or complex64 or complex128, whose mean is complex64.
             use_running_average: True normalizes by the running statistics; here or at construction.
             mask: boolean, True counts; the shape of x without its feature axes, or of the rank of x; any axis may be
-                1. Masked values change nothing and come out as 0.
+                1. What fits in neither way is placed from the last axis on, as in Flax. Masked values change nothing
+                and come out as 0.
             shortcut: float array of the shape of x, added before the activation: the join of a residual block.
             update_statistics: False leaves `batch_stats` as they are; None is what the module says.
 

@@ -77,6 +77,10 @@ class BatchNorm(nnx.Module):
         Flax, flax.nnx.BatchNorm, for the names; see `jbn.batch_norm` for what they do.
     """
 
+    # Of modules that were pickled before there were these.
+    frozen = False
+    update_statistics = True
+
     def __init__(
         self,
         num_features: int | Sequence[int],
@@ -154,7 +158,8 @@ class BatchNorm(nnx.Module):
                 `dtype`.
             use_running_average: True normalizes by the running statistics; None is what the module says.
             mask: boolean, True counts; the shape of x without its feature axes, or of the rank of x; any axis may be
-                1. Masked values change nothing and come out as 0.
+                1. What fits in neither way is placed from the last axis on, as in Flax. Masked values change nothing
+                and come out as 0.
             shortcut: float array of the shape of x, added before the activation: the join of a residual block.
             update_statistics: False leaves the running statistics as they are; None is what the module says.
 
@@ -222,8 +227,8 @@ class BatchNorm(nnx.Module):
         """The features that x has are those that the module was made for."""
         if is_complex(x) and not is_complex(self.mean[...]):
             raise TypeError(
-                f"`x` has dtype {x.dtype.name}, but the module was made for real x: give dtype=jnp.complex64 at "
-                "construction."
+                f"`x` has dtype {x.dtype.name}, but `mean` is real: give dtype=jnp.complex64 at construction, or "
+                "convert a loaded mean, as in norm.mean.set_value(norm.mean[...].astype(jnp.complex64))."
             )
         expected = self.mean[...].shape
         if given != expected:

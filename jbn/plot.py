@@ -237,7 +237,9 @@ def standard_deviations(state: Any, *, ax: Any = None) -> Axes:
         deviations = {path: np.sqrt(wide(forest.at(path)["var"])) for path in forest.nodes}
     drawn = {path: np.where(values > 0, values, np.nan) for path, values in deviations.items()}
     _dots_by_norm(ax, drawn, "dead or unset")
-    ax.set(ylabel="running standard deviation", title="the spread of what each norm saw", yscale="log")
+    ax.set(ylabel="running standard deviation", title="the spread of what each norm saw")
+    if any(np.any(np.isfinite(values)) for values in drawn.values()):
+        ax.set_yscale("log")
     return ax
 
 

@@ -62,8 +62,9 @@ def merge_states(*trees: Any, weights: Sequence[ArrayLike] | None = None) -> Any
     merged = {}
     for path in forests[0].nodes:
         replicas = [_checked(forests, number, path) for number in range(len(forests))]
-        merged[path] = _merged(replicas, _checked_weights(weights, len(trees), replicas[0]["var"].dtype))
-    return forests[0].replaced(jax.lax.stop_gradient(merged))
+        weight = _checked_weights(weights, len(trees), replicas[0]["var"].dtype)
+        merged[path] = jax.lax.stop_gradient(_merged(replicas, weight))
+    return forests[0].replaced(merged)
 
 
 def _checked(forests: list[nodes.Forest], number: int, path: nodes.Path) -> dict[str, jax.Array]:
@@ -109,8 +110,9 @@ def _merged(replicas: list[dict[str, jax.Array]], weights: jax.Array) -> dict[st
 
 
 def _in_one_dtype(leaves: list[jax.Array]) -> list[jax.Array]:
-    """The leaves in the widest of their dtypes."""
-    widest = max((leaf.dtype for leaf in leaves), key=lambda dtype: dtype.itemsize)
+    """The leaves in the dtype that holds all of theirs."""
+    with jax.numpy_dtype_promotion("standard"):
+        widest = jnp.result_type(*leaves)
     return [leaf.astype(widest) for leaf in leaves]
 
 

@@ -59,12 +59,23 @@ def _by_name(arrays: Arrays) -> Arrays:
             layers.setdefault(numbered[1], {})[int(numbered[2])] = array
         for names in NAMES:
             if name in names:
-                found[f"{node}/{names[name]}"] = array
+                _add(found, f"{node}/{names[name]}", array)
     for layer, variables in layers.items():
-        if BATCH_NORM.search(layer) and len(variables) >= 2 and len({np.shape(one) for one in variables.values()}) == 1:
+        if (
+            BATCH_NORM.search(layer.rpartition("/")[2])
+            and len(variables) >= 2
+            and len({np.shape(one) for one in variables.values()}) == 1
+        ):
             *_, mean, var = (variables[place] for place in sorted(variables))
-            found |= {f"{layer}/mean": mean, f"{layer}/var": var}
+            _add(found, f"{layer}/mean", mean)
+            _add(found, f"{layer}/var", var)
     return found
+
+
+def _add(found: Arrays, path: str, array: Any) -> None:
+    if path in found:
+        raise ValueError(f"it has two norms at {path.rpartition('/')[0] or 'the root'}, by names of two libraries")
+    found[path] = array
 
 
 def _is_wanted(path: str) -> bool:

@@ -153,12 +153,14 @@ def _problems(names: Names, arrays: Mapping[str, jax.Array]) -> list[str]:
     shape = arrays[names.mean].shape if names.mean in arrays else None
     for name, leaf in arrays.items():
         if name not in names.known():
-            found.append(f"`{name}` is extra; a norm has {', '.join(names.known())}")
+            found.append(
+                f"`{name}` is extra; a norm has {', '.join(names.known())}; see `rename` and `ignore` of split"
+            )
         elif name == names.counter:
             # One for each feature, for each norm of a stack, or for the norm.
             if shape is not None and leaf.shape != shape[: leaf.ndim]:
                 found.append(f"`{name}` has shape {leaf.shape}, not {shape} or ()")
-        elif not jnp.issubdtype(leaf.dtype, jnp.floating):
+        elif not jnp.issubdtype(leaf.dtype, jnp.floating if name == names.var else jnp.inexact):
             found.append(f"`{name}` has dtype {leaf.dtype.name}, not a float one")
         elif len(leaf.shape) > 1 and 1 in leaf.shape and names.library in ONE_AXIS:
             found.append(

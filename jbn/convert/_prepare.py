@@ -4,8 +4,6 @@ import fnmatch
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 Rename = Callable[[str], str] | Mapping[str, str]
 SEPARATORS = {"torch": ".", "keras": "/", "linen": "/", "nnx": "/"}
 """Of the libraries whose trees are mappings, what stands between the parts of a path."""
@@ -15,8 +13,8 @@ FLAT = ("torch", "keras")
 
 def prepared(tree: Any, library: str, rename: Rename | None, ignore: str | Sequence[str]) -> Any:
     """The tree with other paths, and without the leaves that are ignored."""
-    patterns = (ignore,) if isinstance(ignore, str) else tuple(ignore)
-    if any(not isinstance(pattern, str) for pattern in patterns):
+    patterns = (ignore,) if isinstance(ignore, str) else ignore
+    if not isinstance(patterns, Sequence) or any(not isinstance(pattern, str) for pattern in patterns):
         raise TypeError(f"`ignore` is {ignore!r}: expected patterns of paths, each a str such as '*/ema'.")
     if rename is None and not patterns:
         return tree
@@ -35,7 +33,7 @@ def prepared(tree: Any, library: str, rename: Rename | None, ignore: str | Seque
         if any(fnmatch.fnmatchcase(old, pattern) for pattern in patterns):
             continue
         new = _renamed(old, rename, separator)
-        place = keys if new == old else (new,) if library in FLAT else tuple(new.split(separator))
+        place = keys if new == old else (new,) if library in FLAT else _keys(new, library)
         if place in taken:
             raise ValueError(f"`rename` gives {new} to {taken[place]} and to {old}: expected a path for each.")
         taken[place] = old
@@ -43,17 +41,23 @@ def prepared(tree: Any, library: str, rename: Rename | None, ignore: str | Seque
     return result
 
 
-def squeezed(entries: Mapping[str, Any]) -> dict[str, Any]:
+def squeezed(entries: Mapping[str, Any], counter: str | None) -> dict[str, Any]:
     """Arrays without their axes of size 1, as (1, 1, 1, C) and (C, 1, 1); one of a single feature keeps one axis."""
-    return {name: _squeezed(value) for name, value in entries.items()}
+    return {name: _squeezed(value, () if name == counter else (1,)) for name, value in entries.items()}
 
 
-def _squeezed(value: Any) -> Any:
-    shape = np.shape(value) if hasattr(value, "shape") else ()
-    if len(shape) < 2:
+def _squeezed(value: Any, of_one: tuple[int, ...]) -> Any:
+    """The array; of_one is the shape of a single value."""
+    if 1 not in getattr(value, "shape", ()):
         return value
     value = value[...] if hasattr(value, "get_value") else value
-    return value.reshape(tuple(size for size in shape if size != 1) or (1,))
+    return value.reshape(tuple(size for size in value.shape if size != 1) or of_one)
+
+
+def _keys(path: str, library: str) -> tuple[Any, ...]:
+    """The keys of a path; in NNX, a number is a place in a sequence."""
+    parts = path.split(SEPARATORS[library])
+    return tuple(int(part) if library == "nnx" and part.isdigit() else part for part in parts)
 
 
 def _leaves(tree: Mapping[Any, Any], above: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
@@ -83,7 +87,9 @@ def _renamed(path: str, rename: Rename | None, separator: str) -> str:
 
 
 def _check_parts(rename: Mapping[str, str], tree: Mapping[Any, Any], separator: str) -> None:
-    """Each key of a mapping is a whole part of some path."""
+    """Each key of a mapping is a whole part of some path, and its value another."""
+    if any(not isinstance(value, str) for value in rename.values()):
+        raise TypeError(f"`rename` is {dict(rename)!r}: expected a str for each part, an empty one to drop it.")
     parts = {part for keys, _ in _leaves(tree) for part in separator.join(map(str, keys)).split(separator)}
     if unknown := [key for key in rename if key not in parts]:
         raise ValueError(

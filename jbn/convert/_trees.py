@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from jbn._arguments import is_number
+from jbn._arguments import arithmetic_dtype, check_flag, is_number
 from jbn._core.state import Params, State
 from jbn.convert._names import check_mapping, read_all, refuse
 from jbn.convert._places import FINDERS, TREES, copied, find, insert, leaves_of
@@ -46,8 +46,8 @@ def split(
             separators, to another, as `{"gamma": "scale"}`; an empty one drops the part.
         ignore: patterns of the paths of leaves to leave out, such as `"*/bn/steps"`; `*` stands for any characters.
         squeeze: drop axes of size 1 of the norms' arrays, as in shapes (1, 1, 1, C) and (C, 1, 1).
-        scale_offset: added to every scale; 1.0 for projects that store gamma - 1. If it is 0 and the scales of all
-            norms lie around 0, a UserWarning says that they may be stored so.
+        scale_offset: added to every scale, in float32 at least; 1.0 for projects that store gamma - 1. If it is 0 and
+            the scales of all norms lie around 0, a UserWarning says that they may be stored so.
 
     Returns:
         Params and State by the path of the norm, with the library's own separator: `norms["layer1.0.bn1"]`,
@@ -80,7 +80,8 @@ def split(
             f"`tree` holds no batch norm of {names.library}: expected `{names.mean}` and `{names.var}` somewhere in "
             f"{TREES[library]}."
         )
-    nodes = {where: squeezed(entries) for where, entries in nodes.items()} if squeeze else nodes
+    check_flag("squeeze", squeeze, "drop axes of size 1", "keep them")
+    nodes = {where: squeezed(entries, names.counter) for where, entries in nodes.items()} if squeeze else nodes
     norms, problems = read_all(names, nodes, count)
     refuse(names.library, problems)
     if offset == 0:
@@ -143,8 +144,9 @@ def _checked_offset(offset: Any) -> float:
 
 
 def _moved(params: Params, offset: float) -> Params:
-    """The parameters with a number added to the scale."""
-    return params if params.scale is None else params._replace(scale=params.scale + offset)
+    """The parameters with a number added to the scale, in float32 at least: half precision is finer near 0."""
+    scale = params.scale
+    return params if scale is None else params._replace(scale=scale.astype(arithmetic_dtype(scale.dtype)) + offset)
 
 
 def _warn_of_scales(scales: list[jax.Array]) -> None:

@@ -39,8 +39,9 @@ def keras(path):
     import h5py
 
     with h5py.File(path, "w") as file:
-        for name, norm in (("stem_bn", GOOD), ("batch_normalization", DEAD)):
-            arrays = [np.ones(3), np.zeros(3), norm["running_mean"], norm["running_var"]]
+        for name, norm in (("bn_3", GOOD), ("batch_normalization", DEAD)):
+            of_scale = [np.ones(3)] * (norm is DEAD)
+            arrays = [*of_scale, np.zeros(3), norm["running_mean"], norm["running_var"]]
             for number, array in enumerate(arrays):
                 file[f"layers/{name}/vars/{number}"] = array
         file["layers/layer_normalization/vars/0"] = np.ones(3)
@@ -104,6 +105,11 @@ def test_a_picture_is_drawn_with_and_without_a_population(command, tmp_path):
         assert picture.stat().st_size > 1000
 
 
+def test_a_picture_of_no_usable_variance_is_drawn(command, tmp_path):
+    np.savez(tmp_path / "model.npz", **{"bn.mean": np.ones(3), "bn.var": -np.ones(3)})
+    assert command("inspect", tmp_path / "model.npz", "--plot", tmp_path / "a.png").status == 1
+
+
 class Hostile:
     """Writes a file when it is unpickled."""
 
@@ -141,6 +147,10 @@ def text():
         Path(name).write_text("not weights")
 
 
+def two_names():
+    np.savez("model.npz", **{"bn.running_mean": np.ones(3), "bn/mean": np.ones(3)})
+
+
 def weights_alone():
     np.savez("model.npz", kernel=np.ones(3))
 
@@ -160,6 +170,7 @@ REFUSED = {
     "text npz": Refused("inspect model.npz", "checkpoint", "no whole .npz file", "not a zip file", text),
     "text safetensors": Refused("inspect model.safetensors", "checkpoint", "no whole .safetensors file", "Error", text),
     "text h5": Refused("inspect model.h5", "checkpoint", "no whole .h5 file", "signature", text),
+    "two of a path": Refused("inspect model.npz", "checkpoint", "two norms at bn", "names of two libraries", two_names),
     "no norm": Refused("inspect model.npz", "`tree`", "holds no statistics", "`mean` and `var`", weights_alone),
     "plot": Refused(
         "inspect model.npz --plot no/such.png",

@@ -279,6 +279,11 @@ def test_an_object_that_has_changed_computes_anew():
     np.testing.assert_array_equal(Leaky.called(norm, 0.1, 0.5), expected)
     by_parts = functools.partial(Leaky.called, lambda activation: norm(activation=functools.partial(activation)))
     np.testing.assert_array_equal(by_parts(0.1, 0.5), expected)
+    held = Leaky()
+    bound = functools.partial(lambda leaky, y: Leaky.activation(leaky, y), held)
+    for held.slope in (0.1, 0.5):
+        out = norm(activation=bound)()[0]
+    np.testing.assert_array_equal(out, expected)
     schedule = Constant()
     for schedule.momentum in (1.0, 0.0):
         _, state = norm(momentum=schedule)()

@@ -79,8 +79,8 @@ def test_numbers_as_momentum_and_bounds_compile_once():
 
 
 BARRIERS = {
-    # options, dtype of x, and the barriers in a program for a GPU, a TPU and a CPU; for a TPU, one is that of the center
-    # about which sums are taken again
+    # options, dtype of x, and the barriers in a program for a GPU, a TPU and a CPU; for a TPU, one is that of the
+    # center about which sums are taken again
     "an activation": ({"activation": jax.nn.silu}, "float32", [2, 3, 2]),
     "none": ({}, "float32", [0, 1, 0]),
     "none, bfloat16": ({}, "bfloat16", [1, 1, 0]),

@@ -207,8 +207,18 @@ REFUSED = {
         "has dtype complex64",
         "dtype=jnp.complex64 at construction",
     ),
+    "Flax's start": Refused(
+        lambda: jbn.linen.BatchNorm(False).apply(
+            jbn.linen.BatchNorm(False).init(jax.random.key(0), REAL), REAL.astype(np.complex64), mutable=["batch_stats"]
+        ),
+        TypeError,
+        "mean",
+        "has dtype float32, but x has dtype complex64",
+        "mean.astype(jnp.complex64)",
+    ),
 }
 
 
+@pytest.mark.standard_promotion
 def test_complex_and_real_do_not_mix():
     assert_refused(REFUSED)

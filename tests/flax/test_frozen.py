@@ -112,6 +112,21 @@ def test_an_nnx_norm_normalizes_by_the_batch_and_updates_nothing(rng, module, at
     assert np.all(norm.count[...] == 1)
 
 
+@pytest.mark.standard_promotion
+@pytest.mark.parametrize("module", LINEN.values(), ids=LINEN)
+def test_half_precision_statistics_that_are_not_updated_are_read(rng, module):
+    x, norm = images(rng), module(use_running_average=False, update_statistics=False)
+    variables = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), norm.init(KEY, x))
+    assert_close(norm.apply(variables, x), jbn.batch_norm(*jbn.init(3), x, True)[0])
+
+
+def test_a_module_from_before_it_could_be_frozen_is_as_it_was(rng):
+    x, norm = images(rng), given_statistics(jbn.nnx.BatchNorm)
+    del norm.frozen, norm.update_statistics
+    norm(x)
+    assert np.all(norm.mean[...] != statistics()["mean"])
+
+
 class Model(nn.Module):
     frozen: bool = False
 

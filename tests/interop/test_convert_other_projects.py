@@ -2,12 +2,15 @@
 
 import warnings
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from support.refusals import Refused, assert_refused
 from support.tolerances import assert_same_trees
 
+import jbn
 from jbn.convert import split
 
 C = 3
@@ -77,6 +80,28 @@ def test_scales_that_are_stored_without_their_1_come_back_whole():
     assert split(unscaled, "torch", scale_offset=1.0)[0]["bn"][0].scale is None
 
 
+def test_an_offset_is_added_in_float32():
+    stored = {name: jnp.asarray(leaf, jnp.bfloat16) for name, leaf in PLAIN.items()}
+    stored["bn.weight"] = jnp.full(C, 0.003, jnp.bfloat16)
+    scale = split(stored, "torch", scale_offset=1.0)[0]["bn"][0].scale
+    np.testing.assert_allclose(scale, 1.003, rtol=1e-5)
+
+
+def test_complex_statistics_are_taken_out_and_put_back():
+    norm = jbn.linen.BatchNorm(use_running_average=False, param_dtype=jnp.complex64)
+    variables = norm.init(jax.random.key(0), jnp.ones((4, C), jnp.complex64))
+    norms, rest = split(variables, "linen")
+    assert norms[""][1].mean.dtype == jnp.complex64
+    assert_same_trees(jbn.convert.join(norms, rest, "linen"), dict(variables))
+
+
+def test_renamed_places_of_a_sequence_stay_places():
+    model = nnx.Sequential(nnx.Linear(3, C, rngs=nnx.Rngs(0)), jbn.nnx.BatchNorm(C, rngs=nnx.Rngs(0)))
+    theirs = {"blocks": nnx.to_pure_dict(nnx.state(model))["layers"]}
+    nnx.update(model, jbn.convert.join(*split(theirs, "nnx", rename={"blocks": "layers"}), "nnx"))
+    assert_same_trees(nnx.to_pure_dict(nnx.state(model))["layers"], theirs["blocks"])
+
+
 def test_scales_that_all_lie_around_0_are_warned_of():
     def scaled(*scales):
         return {
@@ -122,6 +147,11 @@ REFUSED = {
     ),
     "rename a pair": Refused(
         splitting(({}, {}), "haiku", rename={"a": "b"}), ValueError, "rename", "is 'haiku'", "change its paths before"
+    ),
+    "ignore": Refused(splitting(PLAIN, ignore=3), TypeError, "ignore", "is 3", "patterns of paths"),
+    "squeeze": Refused(splitting(PLAIN, squeeze="no"), TypeError, "squeeze", "is 'no'", "True (drop axes"),
+    "rename to a number": Refused(
+        splitting(PLAIN, rename={"bn": 3}), TypeError, "rename", "is {'bn': 3}", "a str for each part"
     ),
     "ignore a number": Refused(splitting(PLAIN, ignore=[3]), TypeError, "ignore", "is [3]", "patterns of paths"),
     "offset": Refused(splitting(PLAIN, scale_offset="1"), TypeError, "scale_offset", "is '1'", "a number, 1.0"),

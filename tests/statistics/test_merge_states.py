@@ -115,15 +115,20 @@ def test_the_result_has_the_shape_and_the_wider_dtype_of_the_states(x64):
 class Model(linen.Module):
     @linen.compact
     def __call__(self, x):
-        return jbn.linen.BatchNorm(use_running_average=False)(linen.Dense(3)(x))
+        for _ in range(2):
+            x = jbn.linen.BatchNorm(use_running_average=False)(linen.Dense(3)(x))
+        return x
 
 
 @pytest.mark.standard_promotion
 def test_whole_models_are_merged_and_the_rest_is_that_of_the_first(rng):
     """Variables of Linen, the state of an NNX model, and dicts of states with leaves that are no statistics."""
     linens = [Model().init(jax.random.key(seed), np.ones((2, 3))) for seed in range(2)]
-    nnxs = [nnx.state(nnx.Sequential(nnx.Linear(3, 3, rngs=rngs), jbn.nnx.BatchNorm(3, rngs=rngs))) for rngs in RNGS]
-    dicts = [{"norm": jbn.init(3)[1], "steps": seed, "name": "a"} for seed in range(2)]
+    nnxs = [
+        nnx.state(nnx.Sequential(nnx.Linear(3, 3, rngs=rngs), *(jbn.nnx.BatchNorm(3, rngs=rngs) for _ in range(2))))
+        for rngs in RNGS
+    ]
+    dicts = [{"norm": jbn.init(3)[1], "other": jbn.init(3)[1], "steps": seed, "name": "a"} for seed in range(2)]
     states = [seen(rng.normal(size=(9, 3)).astype(np.float32)) for _ in range(2)]
     expected = jbn.merge_states(*states, weights=[1, 2])
     for trees in (linens, nnxs, dicts):
@@ -134,10 +139,12 @@ def test_whole_models_are_merged_and_the_rest_is_that_of_the_first(rng):
             filled.append(forest.replaced(values))
         merged = jbn.merge_states(*filled, weights=[1, 2])
         assert jax.tree.structure(merged) == jax.tree.structure(filled[0])
-        (path,) = (found := nodes.find(merged, "it")).nodes
-        for field, leaf in found.at(path).items():
-            np.testing.assert_array_equal(leaf, expected._asdict()[field])
-        kept = found.replaced({path: nodes.find(filled[0], "the first").at(path)})
+        found, first = nodes.find(merged, "it"), nodes.find(filled[0], "the first")
+        assert len(found.nodes) == 2
+        for path in found.nodes:
+            for field, leaf in found.at(path).items():
+                np.testing.assert_array_equal(leaf, expected._asdict()[field])
+        kept = found.replaced({path: first.at(path) for path in first.nodes})
         assert all(jax.tree.leaves(jax.tree.map(np.array_equal, kept, filled[0])))
 
 
@@ -163,6 +170,16 @@ def test_averages_of_trees_train_on(rng):
         (again, _), _ = trained((average, average), batches[0])
         assert_same_types(again, start)
         np.testing.assert_array_equal(again.count, average.count + 1)
+
+
+def test_real_and_complex_statistics_of_any_width_lose_nothing(x64):
+    real = jbn.State(np.zeros(1), np.ones(1), np.full(1, 3, np.int32))
+    other = jbn.State(np.complex64([4j]), np.ones(1, np.float32), np.float32([4.5]))
+    for trees in ((real, other), (other, real)):
+        merged = jbn.merge_states(*trees)
+        np.testing.assert_array_equal(merged.mean, [2j])
+        np.testing.assert_array_equal(merged.var, [5])
+        np.testing.assert_array_equal(merged.count, [4.5])
 
 
 def merging(*trees, **weights):
