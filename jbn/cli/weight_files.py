@@ -45,6 +45,10 @@ def statistics(path: Path) -> dict[str, dict[str, Any]]:
     for name, array in _by_name(arrays).items():
         node, _, field = name.rpartition("/")
         norms.setdefault(node, {})[field] = array
+    if not any({"mean", "var"} <= norm.keys() for norm in norms.values()):
+        half = f", and only a part of {', '.join(norms)}" if norms else ""
+        looked_for = " or ".join(f"{', '.join(names)}" for names in NAMES)
+        raise ValueError(f"it has no norm{half}: expected arrays by the names {looked_for}")
     return norms
 
 

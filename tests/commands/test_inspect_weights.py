@@ -151,6 +151,10 @@ def two_names():
     np.savez("model.npz", **{"bn.running_mean": np.ones(3), "bn/mean": np.ones(3)})
 
 
+def half():
+    np.savez("model.npz", **{"bn.running_mean": np.ones(3)})
+
+
 def weights_alone():
     np.savez("model.npz", kernel=np.ones(3))
 
@@ -171,7 +175,10 @@ REFUSED = {
     "text safetensors": Refused("inspect model.safetensors", "checkpoint", "no whole .safetensors file", "Error", text),
     "text h5": Refused("inspect model.h5", "checkpoint", "no whole .h5 file", "signature", text),
     "two of a path": Refused("inspect model.npz", "checkpoint", "two norms at bn", "names of two libraries", two_names),
-    "no norm": Refused("inspect model.npz", "`tree`", "holds no statistics", "`mean` and `var`", weights_alone),
+    "no norm": Refused(
+        "inspect model.npz", "checkpoint", "it has no norm: ", "running_mean, running_var", weights_alone
+    ),
+    "half a norm": Refused("inspect model.npz", "checkpoint", "only a part of bn", "moving_mean", half),
     "plot": Refused(
         "inspect model.npz --plot no/such.png",
         "--plot",
