@@ -42,6 +42,11 @@ class Rule(NamedTuple):
         """The axes over which statistics are taken."""
         return self.axes.reduced
 
+    @property
+    def of_moments(self) -> "Rule":
+        """What the moments of a batch depend on: norms that differ in the rest share their trace."""
+        return Rule(self.axes, epsilon=0.0, dtype=None, sharing=self.sharing)
+
 
 class Numbers(NamedTuple):
     """Momentum and bounds that are numbers, which a program takes as arguments; None for what a schedule gives."""

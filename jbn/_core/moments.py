@@ -154,6 +154,7 @@ def _moments(rule: Rule, x: jax.Array, mask: jax.Array | None) -> Moments:
     return by_feature(batch)
 
 
+@functools.partial(jax.jit, static_argnums=0, inline=True)
 def batch_moments(rule: Rule, x: jax.Array, mask: jax.Array | None) -> ShiftedMoments:
     """The moments of x over its reduced axes and over all who share."""
     if mask is None:

@@ -64,7 +64,7 @@ def _standardize(rule: Rule, inputs: Inputs, affine: Affine, target: Any) -> tup
 
     `target` is what `rule.correction` of batch renormalization reads besides the batch: the state, and numbers.
     """
-    batch = batch_moments(rule, inputs.x, inputs.mask)
+    batch = batch_moments(rule.of_moments, inputs.x, inputs.mask)
     rstd = cast(rstd_of(batch.var, rule.epsilon), affine.scale.dtype)
     if rule.correction is not None:
         affine = rule.correction(rule.epsilon, batch, target, affine)
