@@ -59,6 +59,7 @@ class Residuals(NamedTuple):
     affine: Affine
 
 
+@functools.partial(jax.jit, static_argnums=0, inline=True)
 def _standardize(rule: Rule, inputs: Inputs, affine: Affine, target: Any) -> tuple[jax.Array, ShiftedMoments, Any]:
     """activation((x - mean) * rstd * scale + bias + shortcut) by the batch's own moments, these moments, and rstd.
 
