@@ -1,7 +1,5 @@
 """Checks of arguments: what is refused, and the message that says how to mend it."""
 
-import functools
-import inspect
 import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeGuard
@@ -12,16 +10,13 @@ import numpy as np
 from jax.core import Tracer
 
 from jbn._complex import is_complex
+from jbn._dtypes import INPUT_DTYPES, arithmetic_dtype, of_kind
 
-INPUT_DTYPES = ("float32", "float64", "bfloat16", "float16", "complex64", "complex128")
-STATE_DTYPES = ("float32", "float64")
 STATISTICS = ("var", "count")
 """Fields that are real for complex x too."""
 Numeric = int | float | np.generic | np.ndarray | jax.Array
 AxisName = str | tuple[str, ...]
 IndexGroups = Sequence[Sequence[int]]
-OF_FUNCTIONS = ("builtins", "functools", "jax", "jaxlib", "numpy")
-"""Packages of the types of functions, of jitted ones and of those with a derivative of their own."""
 RUNNING_VAR = ("biased", "unbiased", "total")
 
 
@@ -34,13 +29,6 @@ class Axes(NamedTuple):
     def features(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape of `mean`, `var`, `scale` and `bias` for an input of this shape."""
         return tuple(shape[axis] for axis in self.feature)
-
-
-def arithmetic_dtype(dtype: Any) -> Any:
-    """The dtype to compute in: float32, or complex64, at least."""
-    if is_complex(dtype):
-        return dtype
-    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def checked_input(x: Any) -> jax.Array:
@@ -57,23 +45,6 @@ def checked_input(x: Any) -> jax.Array:
     if x.dtype.name not in INPUT_DTYPES:
         raise TypeError(f"`x` has dtype {x.dtype.name}: {allowed}. Convert it first: x.astype(jnp.float32).")
     return x
-
-
-def check_kinds(params: Any, state: Any, x: jax.Array, name: str = "x") -> None:
-    """The mean is complex where the input of this name is, and so may scale and bias be there."""
-    mean = jnp.result_type(state.mean)
-    if is_complex(mean) != is_complex(x):
-        wanted = "complex64 or complex128" if is_complex(x) else "a float dtype"
-        raise TypeError(
-            f"`state.mean` has dtype {mean.name}, but {name} has dtype {x.dtype.name}: expected {wanted}, as "
-            f"jbn.init(features, jnp.{arithmetic_dtype(x.dtype).name}) makes it."
-        )
-    for field, vector in params._asdict().items():
-        if vector is not None and is_complex(jnp.result_type(vector)) and not is_complex(x):
-            raise TypeError(
-                f"`params.{field}` has dtype {jnp.result_type(vector).name}, but {name} has dtype {x.dtype.name}: "
-                "expected a float dtype."
-            )
 
 
 def checked_axes(feature_axis: int | Sequence[int], ndim: int, name: str = "feature_axis", array: str = "x") -> Axes:
@@ -116,14 +87,14 @@ def check_vectors(name: str, vectors: Any, expected: tuple[int, ...], why: str) 
             raise TypeError(f"`{name}.{field}` is {vector!r}: expected a numeric array of shape {expected}.")
         if np.shape(vector) != expected:
             raise ValueError(
-                f"`{name}.{field}` has shape {np.shape(vector)}: expected {expected}, {why}{_of_upgrade(field)}."
+                f"`{name}.{field}` has shape {np.shape(vector)}: expected {expected}, {why}{of_upgrade(field)}."
             )
         dtype = jnp.result_type(vector)
         if not jnp.issubdtype(dtype, jnp.floating if field in STATISTICS else jnp.inexact):
-            raise TypeError(f"`{name}.{field}` has dtype {dtype.name}: expected a float dtype{_of_upgrade(field)}.")
+            raise TypeError(f"`{name}.{field}` has dtype {dtype.name}: expected a float dtype{of_upgrade(field)}.")
 
 
-def _of_upgrade(field: str) -> str:
+def of_upgrade(field: str) -> str:
     """The remedy for a count of jbn 0.1, to end a message with."""
     return "; jbn.upgrade(tree) gives each feature of older statistics its count" if field == "count" else ""
 
@@ -144,30 +115,6 @@ def checked_features(features: Any, name: str = "features") -> tuple[int, ...]:
     if any(size < 0 for size in shape):
         raise ValueError(f"`{name}` is {features!r}: expected sizes of at least 0.")
     return shape
-
-
-def checked_state_dtype(name: str, dtype: Any) -> Any:
-    """Running statistics in half precision stop moving, so they are refused."""
-    if not is_state_dtype(dtype):
-        raise TypeError(
-            f"`{name}` is {_dtype_name(dtype)}: expected {' or '.join(STATE_DTYPES)}, since running statistics "
-            "lose small updates in half precision. Convert it by `.astype`; x may have a low precision."
-        )
-    return jnp.dtype(dtype)
-
-
-def is_state_dtype(dtype: Any) -> bool:
-    """Whether running statistics, or their real parts, are precise enough to be updated."""
-    name = _dtype_name(dtype)
-    return name in STATE_DTYPES or name.startswith("complex")
-
-
-def check_state_dtype(state: Any, name: str = "state") -> None:
-    """The dtypes of running statistics."""
-    for field, array in state._asdict().items():
-        if array is None:
-            continue
-        checked_state_dtype(f"{name}.{field}.dtype", jnp.result_type(array))
 
 
 def checked_mask(mask: Any, shape: Sequence[int], axes: Axes) -> jax.Array | None:
@@ -210,7 +157,7 @@ def checked_shortcut(shortcut: Any, x: jax.Array) -> jax.Array | None:
         )
     if shortcut.dtype.name not in INPUT_DTYPES or is_complex(shortcut) != is_complex(x):
         raise TypeError(
-            f"`shortcut` has dtype {shortcut.dtype.name}: expected {_of_kind(x.dtype)}, as x has {x.dtype.name}."
+            f"`shortcut` has dtype {shortcut.dtype.name}: expected {of_kind(x.dtype)}, as x has {x.dtype.name}."
         )
     # The arithmetic is in the dtype that x has it in.
     narrow = arithmetic_dtype(shortcut.dtype) == arithmetic_dtype(x.dtype)
@@ -250,61 +197,5 @@ def check_concrete(name: str, value: Any, example: str) -> None:
         raise TypeError(f"`{name}` is traced: expected a Python number such as {example}, bound before jit.")
 
 
-def as_constant(name: str, function: Any) -> Any:
-    """A function that stands for one computation, so that compiled programs may be found again by its hash.
-
-    A method, or an object that compares by identity, may compute something else once its attributes have changed: it is
-    given as a new function each time.
-    """
-    try:
-        hash(function)
-    except TypeError:
-        raise TypeError(
-            f"`{name}` is {function!r}, which has no hash: expected a function, or an object with __hash__ and __eq__, "
-            "such as a frozen dataclass without arrays. Apply what holds arrays to the result."
-        ) from None
-    if not _may_change(function):
-        return function
-
-    @functools.wraps(function)
-    def called_anew(*given: Any) -> Any:
-        return function(*given)
-
-    return called_anew
-
-
-def _may_change(value: Any) -> bool:
-    """Whether a function, or what is bound to it, compares by identity, whatever its attributes are."""
-    if isinstance(value, functools.partial):
-        return any(map(_may_change, (value.func, *value.args, *value.keywords.values())))
-    kind = type(value)
-    by_identity = kind.__eq__ is object.__eq__ and kind.__module__.partition(".")[0] not in OF_FUNCTIONS
-    return by_identity or inspect.ismethod(value)
-
-
 def is_number(value: Any) -> bool:
     return is_array(value) and np.ndim(value) == 0
-
-
-def checked_dtype(dtype: Any, default: Any, name: str = "dtype") -> Any:
-    """The dtype of the result, complex where x is, whose dtype is the default; or any dtype of parameters."""
-    if dtype is None:
-        return default
-    if _dtype_name(dtype) not in INPUT_DTYPES:
-        raise TypeError(f"`{name}` is {_dtype_name(dtype)}: expected one of {', '.join(INPUT_DTYPES)}.")
-    if default is not None and is_complex(default) != is_complex(jnp.dtype(dtype)):
-        raise TypeError(f"`{name}` is {_dtype_name(dtype)}, but x has {default.name}: expected {_of_kind(default)}.")
-    return jnp.dtype(dtype)
-
-
-def _of_kind(dtype: Any) -> str:
-    """The dtypes of input that are complex, or float, as this one is."""
-    return "one of " + ", ".join(name for name in INPUT_DTYPES if is_complex(jnp.dtype(name)) == is_complex(dtype))
-
-
-def _dtype_name(dtype: Any) -> str:
-    """The name of a dtype, or what was given instead of one."""
-    try:
-        return jnp.dtype(dtype).name
-    except TypeError:
-        return repr(dtype)

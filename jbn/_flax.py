@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jbn import _arguments
+from jbn import _arguments, _dtypes
 from jbn._arguments import Axes
 from jbn._complex import is_complex
 from jbn._core.batch_norm import batch_norm
@@ -48,7 +48,7 @@ def checked_mode(module: Any, use_running_average: Any, update_statistics: Any) 
 def check_dtypes(**given: Any) -> None:
     """Dtypes of result and parameters."""
     for name, dtype in given.items():
-        _arguments.checked_dtype(dtype, None, name)
+        _dtypes.checked_dtype(dtype, None, name)
 
 
 def reads_count(module: Any, mode: Mode = TRAINING) -> bool:
@@ -109,24 +109,24 @@ def apply(
 def _check_kind(state: State, x: jax.Array) -> None:
     """Flax's modules start from a real mean for complex x too."""
     if is_complex(state.mean) != is_complex(x):
-        wanted = _arguments.arithmetic_dtype(x.dtype).name
+        wanted = _dtypes.arithmetic_dtype(x.dtype).name
         raise TypeError(
-            f"`mean` has dtype {state.mean.dtype.name}, but x has dtype {x.dtype.name}: expected {wanted}, as a module "
-            f"that is made for such x has it; mean.astype(jnp.{wanted}) converts a loaded one."
+            f"`mean` has dtype {state.mean.dtype.name}, but x has dtype {x.dtype.name}: expected {wanted}. Convert a "
+            f"loaded one by mean.astype(jnp.{wanted}); an NNX module is made for complex x by dtype=jnp.complex64."
         )
 
 
 def _widened(state: State) -> State:
     """Statistics that are read and not updated, in a dtype that training takes."""
-    return jax.tree.map(lambda leaf: leaf.astype(_arguments.arithmetic_dtype(leaf.dtype)), state)
+    return jax.tree.map(lambda leaf: leaf.astype(_dtypes.arithmetic_dtype(leaf.dtype)), state)
 
 
 def _check_state_dtype(state: State) -> None:
     """Half precision would lose the updates; what it came from is mostly a cast of a whole model."""
     for name, vector in state._asdict().items():
-        if vector is not None and not _arguments.is_state_dtype(vector.dtype):
+        if vector is not None and not _dtypes.is_state_dtype(vector.dtype):
             raise TypeError(
-                f"`{name}` has dtype {vector.dtype.name}: expected {' or '.join(_arguments.STATE_DTYPES)} in training, "
+                f"`{name}` has dtype {vector.dtype.name}: expected {' or '.join(_dtypes.STATE_DTYPES)} in training, "
                 "since small updates are lost in half precision. Where a whole model was cast, cast the parameters "
                 "alone, or cast the statistics back: jax.tree.map(lambda leaf: leaf.astype(jnp.float32), statistics)."
             )
@@ -145,8 +145,7 @@ def check_shapes(module: Any, x: jax.Array, features: tuple[int, ...], **variabl
     """Variables, loaded or initialized, fit the input."""
     for name, vector in variables.items():
         if vector is not None and vector.shape != features:
-            mend = "; jbn.upgrade(tree) gives each feature of older statistics its count" if name == "count" else ""
             raise ValueError(
                 f"`{name}` has shape {vector.shape}: expected {features}, as x of shape {x.shape} has it on `axis` "
-                f"{module.axis}{mend}."
+                f"{module.axis}{_arguments.of_upgrade(name)}."
             )

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jbn import _arguments
+from jbn import _arguments, _dtypes
 from jbn._core.standardize import rstd_of
 from jbn._core.state import Params, State
 
@@ -69,12 +69,12 @@ def fold(
     for name, value, kind in (("params", params, Params), ("state", state, State)):
         _arguments.check_type(name, value, kind)
         _arguments.check_vectors(name, value, features, why)
-    _arguments.check_kinds(params, state, kernel, "kernel")
+    _dtypes.check_kinds(params, state, kernel, "kernel")
     bias = jnp.zeros(features, kernel.dtype) if bias is None else _float_array("bias", bias)
     if bias.shape != features:
         raise ValueError(f"`bias` has shape {bias.shape}: expected {features}, {why}.")
 
-    dtype = _arguments.arithmetic_dtype(kernel.dtype)
+    dtype = _dtypes.arithmetic_dtype(kernel.dtype)
     mean, var, old = (jnp.asarray(vector).astype(dtype) for vector in (state.mean, state.var, bias))
     slope = rstd_of(var, _arguments.checked_epsilon(epsilon))
     if params.scale is not None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
 
-from jbn import _arguments
+from jbn import _arguments, _dtypes, _functions
 from jbn._arguments import Axes, AxisName
 from jbn._complex import is_complex
 
@@ -66,8 +66,8 @@ def checked_rule(
 ) -> Rule:
     """How x is normalized, by the arguments that training and inference have."""
     axes = _arguments.checked_axes(feature_axis, x.ndim)
-    activation = checked_activation(activation, x.shape, _arguments.arithmetic_dtype(x.dtype))
-    return Rule(axes, _arguments.checked_epsilon(epsilon), _arguments.checked_dtype(dtype, x.dtype), activation)
+    activation = checked_activation(activation, x.shape, _dtypes.arithmetic_dtype(x.dtype))
+    return Rule(axes, _arguments.checked_epsilon(epsilon), _dtypes.checked_dtype(dtype, x.dtype), activation)
 
 
 def training_rule(
@@ -92,7 +92,7 @@ def checked_activation(activation: Any, shape: Sequence[int], dtype: Any) -> Any
         return None
     if not callable(activation):
         raise TypeError(f"`activation` is {activation!r}: {ELEMENTWISE}.")
-    constant = _arguments.as_constant("activation", activation)
+    constant = _functions.as_constant("activation", activation)
     _check_elementwise(constant, tuple(shape), dtype)
     return constant
 

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jbn._arguments import RUNNING_VAR, as_constant, check_concrete, is_number
+from jbn._arguments import RUNNING_VAR, check_concrete, is_number
 from jbn._complex import real_dtype
+from jbn._functions import as_constant
 
 
 class Average(NamedTuple):

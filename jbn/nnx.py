@@ -225,11 +225,6 @@ class BatchNorm(nnx.Module):
 
     def _check_features(self, x: jax.Array, given: tuple[int, ...]) -> None:
         """The features that x has are those that the module was made for."""
-        if is_complex(x) and not is_complex(self.mean[...]):
-            raise TypeError(
-                f"`x` has dtype {x.dtype.name}, but `mean` is real: give dtype=jnp.complex64 at construction, or "
-                "convert a loaded mean, as in norm.mean.set_value(norm.mean[...].astype(jnp.complex64))."
-            )
         expected = self.mean[...].shape
         if given != expected:
             raise ValueError(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jbn import _arguments, _scheduled
+from jbn import _arguments, _dtypes, _scheduled
 from jbn._arguments import Axes, AxisName, IndexGroups
 from jbn._complex import cast, real_dtype
 from jbn._core.moments import ShiftedMoments, by_feature, merge_shared, merge_stacked, wide
@@ -195,7 +195,7 @@ def _in_ghost_batches(rule: Rule, inputs: Inputs) -> tuple[Rule, Inputs]:
 
 def aligned(rule: Rule, vector: Any, x: jax.Array, missing: int = 0) -> jax.Array:
     """A vector of the feature shape, or `missing` for None; wide, and with an axis of size 1 for ghost batches."""
-    dtype = _arguments.arithmetic_dtype(x.dtype)
+    dtype = _dtypes.arithmetic_dtype(x.dtype)
     vector = jnp.full(rule.axes.features(x.shape), missing, dtype) if vector is None else vector
     vector = split_as(lax.convert_element_type(vector, dtype), x, rule.axes.feature)
     return lax.expand_dims(vector, range(x.ndim - len(rule.reduced) - len(rule.axes.feature)))
@@ -213,8 +213,8 @@ def checked_call(params: Any, state: Any, inputs: Inputs, *, train: bool, **opti
     why += f", and feature_axis={fitting[0]} takes the state as it is" if fitting else ""
     for name, vectors in (("params", params), ("state", state)):
         _arguments.check_vectors(name, vectors, features, why)
-    _arguments.check_kinds(params, state, x)
+    _dtypes.check_kinds(params, state, x)
     if train:
-        _arguments.check_state_dtype(state)
+        _dtypes.check_state_dtype(state)
     mask = _arguments.checked_mask(inputs.mask, x.shape, rule.axes)
     return Inputs(x, mask, _arguments.checked_shortcut(inputs.shortcut, x)), rule

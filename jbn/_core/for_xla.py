@@ -30,8 +30,7 @@ def by_platform(plain: Callable[..., Any], *operands: Any, **by_name: Callable[.
     """plain(*operands), or on a platform for which a form is given by its name, what that form gives.
 
     To JAX, this is one function with a derivative of its own. JAX would else look for known values in each form
-    whenever a norm is differentiated: to trace a step of a ResNet-50 takes 1.1 of the time that it takes with Flax's
-    norm so, and 1.3 without.
+    whenever a norm is differentiated, a tenth of the time to trace a step of a ResNet-50.
     """
     choose = functools.partial(_chosen_form, plain, by_name)
     opaque = jax.custom_jvp(lambda *operands: choose(*operands))
@@ -60,8 +59,8 @@ def added(line: jax.Array, constant: jax.Array, dtype: Any) -> jax.Array:
     ResNet-50 moves 0.994 of the bytes of Flax's, 1.014 without; with silu, a small network takes 0.991 of the time of
     Flax's on an H100, 1.004 without. Forward mode pays for it there: both terms are rounded.
     """
-    forms = {"cuda": lambda line, constant: line.astype(dtype) + lax.optimization_barrier(constant.astype(dtype))}
-    return _chosen_form(lambda line, constant: (line + constant).astype(dtype), forms, line, constant)
+    on_gpu = {"cuda": lambda line, constant: line.astype(dtype) + lax.optimization_barrier(constant.astype(dtype))}
+    return _chosen_form(lambda line, constant: (line + constant).astype(dtype), on_gpu, line, constant)
 
 
 def computed_once(center: jax.Array) -> jax.Array:

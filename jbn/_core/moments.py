@@ -12,7 +12,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from jbn import _arguments
+from jbn import _arguments, _dtypes
 from jbn._arguments import AxisName, IndexGroups
 from jbn._complex import by_parts, cast, inner, real_dtype
 from jbn._core import for_xla
@@ -296,7 +296,7 @@ def centered(reduced: tuple[int, ...], x: jax.Array, mask: jax.Array | None, bat
 
 def wide(x: jax.Array) -> jax.Array:
     """x in the dtype of the arithmetic: float32, or complex64, at least."""
-    return lax.convert_element_type(x, _arguments.arithmetic_dtype(x.dtype))
+    return lax.convert_element_type(x, _dtypes.arithmetic_dtype(x.dtype))
 
 
 def zero_masked(x: jax.Array, mask: jax.Array | None) -> jax.Array:

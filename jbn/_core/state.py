@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jbn import _arguments, _scheduled
-from jbn._complex import cast, inner, is_complex, is_finite, real_dtype
+from jbn import _arguments, _dtypes, _scheduled
+from jbn._complex import cast, inner, is_finite, real_dtype
 from jbn._core.moments import Moments
 from jbn._core.sharing import split_as
 from jbn._rule import Numbers
@@ -81,7 +81,7 @@ def init(features: int | Sequence[int], dtype: Any = jnp.float32) -> tuple[Param
         Ioffe and Szegedy, Batch Normalization, 2015; the start of Keras, Flax and PyTorch.
     """
     shape = _arguments.checked_features(features)
-    dtype = _arguments.checked_state_dtype("dtype", dtype)
+    dtype = _dtypes.checked_state_dtype("dtype", dtype)
     params = Params(scale=jnp.ones(shape, dtype), bias=jnp.zeros(shape, dtype))
     var = jnp.ones(shape, real_dtype(dtype))
     state = State(mean=jnp.zeros(shape, dtype), var=var, count=jnp.zeros(shape, jnp.float32))
@@ -130,7 +130,7 @@ def update(state: State, moments: Moments, *, momentum: float | Schedule = 0.99,
     features = np.shape(state.mean)
     for name, vectors in (("state", state), ("moments", moments)):
         _arguments.check_vectors(name, vectors, features, "the shape of `state.mean`")
-    _arguments.check_state_dtype(state)
+    _dtypes.check_state_dtype(state)
     average, number = _scheduled.checked_average(momentum, running_var, state, True)
     return _moved(average, state, moments, Numbers(momentum=number), True)
 
@@ -175,7 +175,7 @@ _moved = jax.jit(moved, static_argnums=(0, 4), inline=True)
 
 def _averaged(average: Average, weights: tuple[Any, Any], old: jax.Array, batch: jax.Array) -> jax.Array:
     """The weighted average of two values, from the one with the larger weight, so that no digits are lost."""
-    of_old, of_batch = weights if not is_complex(old) else (cast(weight, old.dtype) for weight in weights)
+    of_old, of_batch = (cast(weight, old.dtype) for weight in weights)
     if average.keeps_most is None:
         return jnp.where(weights[0] < 0.5, batch + of_old * (old - batch), old + of_batch * (batch - old))
     return old + of_batch * (batch - old) if average.keeps_most else batch + of_old * (old - batch)

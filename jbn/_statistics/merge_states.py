@@ -9,7 +9,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from jbn import _arguments
+from jbn import _dtypes
 from jbn._complex import cast, real_dtype
 from jbn._core.moments import ShiftedMoments, mean_of, merge_stacked
 from jbn._statistics import nodes
@@ -85,7 +85,7 @@ def _checked(forests: list[nodes.Forest], number: int, path: nodes.Path) -> dict
             raise ValueError(
                 f"{name} has `{field}` of shape {leaf.shape}: expected {like['mean'].shape}, as `trees[0]` has it."
             )
-        if field != "count" and not _arguments.is_state_dtype(leaf.dtype):
+        if field != "count" and not _dtypes.is_state_dtype(leaf.dtype):
             raise TypeError(
                 f"{name} has `{field}` in {leaf.dtype.name}: expected float32 or float64, since sums of squares lose "
                 "digits in less. Convert it by `.astype`."

@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 
+from jbn.convert._flax import FLAX
+from jbn.convert._keras import KERAS
+from jbn.convert._torch import TORCH
 from jbn.diagnostics._health import BATCH_NORM
 
-NAMES = (
-    {"running_mean": "mean", "running_var": "var", "num_batches_tracked": "count"},
-    {"moving_mean": "mean", "moving_variance": "var"},
-    {"mean": "mean", "var": "var", "count": "count"},
-)
+NAMES = [
+    {name: field for name, field in ((names.mean, "mean"), (names.var, "var"), (names.counter, "count")) if name}
+    for names in (TORCH, KERAS, FLAX)
+]
 """What PyTorch, Keras and Flax call the statistics of a norm."""
 PLACES = re.compile(r"(.*?)/?vars/(\d+)$")
 """Keras' `.weights.h5` numbers the variables of a layer: gamma, beta, moving mean and moving variance."""

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jbn._arguments import arithmetic_dtype, check_type
+from jbn._arguments import check_type
 from jbn._core.state import Params, State
+from jbn._dtypes import arithmetic_dtype
 from jbn._statistics.upgrade import for_each_feature
 
 Norm = tuple[Params, State]

@@ -120,20 +120,29 @@ def insert(tree: dict[Any, Any], path: str, leaf: Any, library: str, with_count:
 
     Flax's count replaces one that is there, and has no place elsewhere unless it is asked for.
     """
-    separator = FLAT[library][0] if library in FLAT else "/"
+    separator = separator_of(library)
     node, left = _furthest(tree, path, separator)
     *above, name = [left] if library in FLAT else left.split(separator)
     counter = library not in FLAT and name == FLAX.counter
     if counter and not with_count and name not in node:
         return
     for part in above:
-        # Of a new path in NNX, a number is a place in a sequence.
-        node = node.setdefault(int(part) if library == "nnx" and part.isdigit() else part, {})
+        node = node.setdefault(key_of(part, library), {})
         if not isinstance(node, dict):
             break
     if not isinstance(node, dict) or (node.get(name) is not None and not counter):
         raise ValueError(f"`rest` has something at {path} already: expected the tree without its norms.")
     node[name] = leaf
+
+
+def separator_of(library: str) -> str:
+    """What stands between the parts of a path."""
+    return FLAT[library][0] if library in FLAT else "/"
+
+
+def key_of(part: str, library: str) -> str | int:
+    """The key for a part of a new path: in NNX, a number is a place in a sequence."""
+    return int(part) if library == "nnx" and part.isdigit() else part
 
 
 def _furthest(node: dict[Any, Any], path: str, separator: str) -> tuple[dict[Any, Any], str]:

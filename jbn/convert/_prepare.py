@@ -4,11 +4,11 @@ import fnmatch
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from jbn.convert._places import FLAT, key_of, separator_of
+
 Rename = Callable[[str], str] | Mapping[str, str]
-SEPARATORS = {"torch": ".", "keras": "/", "linen": "/", "nnx": "/"}
-"""Of the libraries whose trees are mappings, what stands between the parts of a path."""
-FLAT = ("torch", "keras")
-"""Libraries whose trees are mappings from whole paths."""
+MAPPINGS = ("torch", "keras", "linen", "nnx")
+"""Libraries whose trees are mappings."""
 
 
 def prepared(tree: Any, library: str, rename: Rename | None, ignore: str | Sequence[str]) -> Any:
@@ -18,12 +18,12 @@ def prepared(tree: Any, library: str, rename: Rename | None, ignore: str | Seque
         raise TypeError(f"`ignore` is {ignore!r}: expected patterns of paths, each a str such as '*/ema'.")
     if rename is None and not patterns:
         return tree
-    if library not in SEPARATORS or not isinstance(tree, Mapping):
+    if library not in MAPPINGS or not isinstance(tree, Mapping):
         raise ValueError(
-            f"`rename` and `ignore` are for mappings of {', '.join(SEPARATORS)}, but `library` is {library!r} and "
+            f"`rename` and `ignore` are for mappings of {', '.join(MAPPINGS)}, but `library` is {library!r} and "
             f"`tree` a {type(tree).__name__}: change its paths before."
         )
-    separator = SEPARATORS[library]
+    separator = separator_of(library)
     if isinstance(rename, Mapping):
         _check_parts(rename, tree, separator)
     result: dict[Any, Any] = {}
@@ -33,7 +33,8 @@ def prepared(tree: Any, library: str, rename: Rename | None, ignore: str | Seque
         if any(fnmatch.fnmatchcase(old, pattern) for pattern in patterns):
             continue
         new = _renamed(old, rename, separator)
-        place = keys if new == old else (new,) if library in FLAT else _keys(new, library)
+        parts = (new,) if library in FLAT else new.split(separator)
+        place = keys if new == old else tuple(key_of(part, library) for part in parts)
         if place in taken:
             raise ValueError(f"`rename` gives {new} to {taken[place]} and to {old}: expected a path for each.")
         taken[place] = old
@@ -52,12 +53,6 @@ def _squeezed(value: Any, of_one: tuple[int, ...]) -> Any:
         return value
     value = value[...] if hasattr(value, "get_value") else value
     return value.reshape(tuple(size for size in value.shape if size != 1) or of_one)
-
-
-def _keys(path: str, library: str) -> tuple[Any, ...]:
-    """The keys of a path; in NNX, a number is a place in a sequence."""
-    parts = path.split(SEPARATORS[library])
-    return tuple(int(part) if library == "nnx" and part.isdigit() else part for part in parts)
 
 
 def _leaves(tree: Mapping[Any, Any], above: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:

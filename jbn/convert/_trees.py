@@ -8,8 +8,9 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from jbn._arguments import arithmetic_dtype, check_flag, is_number
+from jbn._arguments import check_flag, is_number
 from jbn._core.state import Params, State
+from jbn._dtypes import arithmetic_dtype
 from jbn.convert._names import check_mapping, read_all, refuse
 from jbn.convert._places import FINDERS, TREES, copied, find, insert, leaves_of
 from jbn.convert._prepare import Rename, prepared, squeezed

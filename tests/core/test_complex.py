@@ -203,9 +203,9 @@ REFUSED = {
     "a real module": Refused(
         lambda: jbn.nnx.BatchNorm(FEATURES, rngs=nnx.Rngs(0))(np.ones((4, FEATURES), np.complex64)),
         TypeError,
-        "x",
-        "has dtype complex64",
-        "dtype=jnp.complex64 at construction",
+        "mean",
+        "has dtype float32, but x has dtype complex64",
+        "an NNX module is made for complex x by dtype=jnp.complex64",
     ),
     "Flax's start": Refused(
         lambda: jbn.linen.BatchNorm(False).apply(

@@ -10,7 +10,7 @@ from support.sources import LIBRARY, ON_TOP, SOURCES, TREES
 
 import jbn
 
-GROUND = {"_arguments", "_complex", "_rule", "_scheduled", "momentum", "renorm"}
+GROUND = {"_arguments", "_complex", "_dtypes", "_functions", "_rule", "_scheduled", "momentum", "renorm"}
 CORE = {"_core"}
 WINGS = {
     *("_flax", "linen", "nnx"),
