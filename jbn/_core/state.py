@@ -96,7 +96,7 @@ def update(state: State, moments: Moments, *, momentum: float | Schedule = 0.99,
     Each feature moves on its own. One whose new statistics would not be finite, or that has no value in the batch,
     keeps mean, variance and count; so does one with a single value under "unbiased". Unset statistics are replaced by
     the batch's biased moments. A statistic that is not finite itself, other than an unset one, is a fault and stays. A
-    momentum that is NaN, as a schedule may give, moves nothing.
+    schedule that gives NaN moves nothing.
 
     Args:
         state: the running statistics, of the feature shape.
