@@ -78,6 +78,24 @@ def test_numbers_as_momentum_and_bounds_compile_once():
     assert COMPILED not in compiled
 
 
+def test_norms_of_one_shape_are_traced_once_for_values_and_derivatives():
+    """An activation runs once when it is checked, once in the value, and once in each of three terms of the tangent."""
+    params, state = jbn.init(3)
+    calls = []
+
+    def activation(x):
+        calls.append(x)
+        return jax.nn.silu(x)
+
+    def loss(x):
+        for _ in range(3):
+            x, _ = jbn.batch_norm(params, state, x, True, activation=activation)
+        return jnp.sum(x)
+
+    jax.jit(jax.grad(loss)).trace(jnp.ones((4, 3)))
+    assert len(calls) == 5
+
+
 BARRIERS = {
     # options, dtype of x, and the barriers in a program for a GPU, a TPU and a CPU; for a TPU, one is that of the
     # center about which sums are taken again
