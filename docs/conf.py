@@ -1,0 +1,82 @@
+"""The documentation site: `sphinx-build -W -c docs . build/site`, from the root of the repository."""
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from latex2mathml.converter import convert
+
+sys.path.insert(0, str(Path(__file__).parent))
+import equations
+
+import jbn
+
+project = "jbn"
+author = copyright = "The jbn authors"
+version = release = jbn.__version__
+
+# The source is the whole repository, so that links between pages, notebooks and files are the same here and there.
+root_doc = "docs/index"
+include_patterns = ["docs/**", "notebooks/**", "CHANGELOG.md", "CONTRIBUTING.md"]
+exclude_patterns = ["docs/redirect", "docs/bench", "**/.ipynb_checkpoints"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon", "sphinx_copybutton"]
+
+html_theme = "furo"
+html_title = f"jbn {version}"
+html_extra_path = ["redirect"]
+html_static_path = []
+html_show_sourcelink = False
+html_math_renderer = "mathml"
+pygments_style, pygments_dark_style = "a11y-light", "a11y-high-contrast-dark"
+
+myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_heading_anchors = 3
+nb_execution_mode = "off"  # the tests run the notebooks; the site shows the outputs that are kept in them
+nb_merge_streams = True
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+
+default_role = "py:obj"
+autodoc_typehints = "none"  # the docstrings say types and shapes
+autodoc_member_order = "bysource"
+autosummary_generate = False
+napoleon_custom_sections = [("Source", "References")]
+napoleon_use_ivar = True
+
+
+def with_equations(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    """Docstrings are plain text: their equations become formulas, and what has a meaning in reST is quoted."""
+    paragraphs = "\n".join(lines).split("\n\n")
+    for number, paragraph in enumerate(paragraphs):
+        if re.match(r"\w+:\n", paragraph) or ">>>" in paragraph:
+            break
+        found = equations.equations(paragraph) if number else None
+        paragraphs[number] = "\n\n".join(f".. math:: {one}" for one in found) if found else _quoted(paragraph)
+    else:
+        number = len(paragraphs)
+    paragraphs[number:] = [text if ">>>" in text else _quoted(text) for text in paragraphs[number:]]
+    lines[:] = "\n\n".join(paragraphs).split("\n")
+
+
+def _quoted(text: str) -> str:
+    """The text with the signs of reST quoted where they are arithmetic, outside of backticks."""
+    parts = re.split(r"(`[^`]*`)", text)
+    return "".join(part if at % 2 else re.sub(r"([*|]|_\b(?=[^\w]))", r"\\\1", part) for at, part in enumerate(parts))
+
+
+def setup(app: Any) -> None:
+    """Register what turns docstrings and formulas into HTML that needs neither a script nor a network."""
+    app.connect("autodoc-process-docstring", with_equations, priority=400)  # before napoleon's
+    app.add_html_math_renderer("mathml", (_inline, None), (_block, None))
+
+
+def _inline(translator: Any, node: Any) -> None:
+    translator.body.append(convert(node.astext()))
+    raise nodes.SkipNode
+
+
+def _block(translator: Any, node: Any) -> None:
+    translator.body.append(f'<div class="math">{convert(node.astext(), display="block")}</div>')
+    raise nodes.SkipNode
