@@ -47,11 +47,11 @@ def test_there_are_six_in_order():
     assert [path.name[:2] for path in NOTEBOOKS] == [f"{number}-" for number in range(1, 7)]
 
 
-def test_readme_links_each_with_a_picture_of_its_own():
-    readme = (FOLDER.parent / "README.md").read_text()
+def test_the_site_links_each_with_a_picture_of_its_own():
+    page = (FOLDER.parent / "docs" / "notebooks.md").read_text()
     offenders = []
     for path in NOTEBOOKS:
-        pictures = re.findall(rf"\(notebooks/{path.name}\).*!\[.+?\]\(notebooks/pictures/([\w-]+\.png)\)", readme)
+        pictures = re.findall(rf"/{path.name}\).*!\[.*?\]\(\.\./notebooks/pictures/([\w-]+\.png)\)", page)
         cells = nbformat.read(path, as_version=4).cells
         shown = {output.get("data", {}).get("image/png") for cell in cells for output in cell.get("outputs", ())}
         drawn = [base64.b64decode(image) for image in shown if image]

@@ -1,6 +1,6 @@
 """Where batch norms of several libraries are off, for docs/guarantees.md. A cell is the largest error, or NaN.
 
-    KERAS_BACKEND=jax python tests/studies/errors_of_peers.py
+KERAS_BACKEND=jax python tests/studies/errors_of_peers.py
 """
 
 import os
