@@ -148,10 +148,10 @@ SHARING = {
         norm(axis_name=("a", "b"), axis_index_groups=[[0]]), ValueError, "axis_index_groups", "('a', 'b')", "one axis"
     ),
     "groups that overlap": Refused(
-        norm(axis_name="a", axis_index_groups=[[0, 0]]), ValueError, "axis_index_groups", "is [[0, 0]]", "each place"
+        norm(axis_name="a", axis_index_groups=[[0, 0]]), ValueError, "axis_index_groups", "is [[0, 0]]", "each index"
     ),
     "groups of none": Refused(
-        moments(axis_name="a", axis_index_groups=[]), ValueError, "axis_index_groups", "is []", "each place once"
+        moments(axis_name="a", axis_index_groups=[]), ValueError, "axis_index_groups", "is []", "each index once"
     ),
     "groups in one list": Refused(
         norm(axis_name="a", axis_index_groups=[0, 1]),
@@ -164,8 +164,8 @@ SHARING = {
         in_lanes(norm(axis_name="lanes", axis_index_groups=[[0]])),
         ValueError,
         "axis_index_groups",
-        "is [[0]], which has 1 places, but the axis 'lanes' has 2",
-        "expected each place from 0 to 1 once",
+        "is [[0]], which has 1 indices, but the axis 'lanes' has size 2",
+        "expected each index from 0 to 1 once",
     ),
 }
 

@@ -25,14 +25,16 @@ REFUSED = {
         norm(mask=np.ones((8, 16), np.float32)), TypeError, "mask", "has dtype float32", "use mask.astype(bool)"
     ),
     "another shape": Refused(
-        norm(mask=np.ones((8, 3), bool)), ValueError, "mask", "has shape (8, 3)", "expected (8, 16), or (8, 16, 3)"
+        norm(mask=np.ones((8, 3), bool)), ValueError, "mask", "has shape (8, 3)", "expected (8, 16) or (8, 16, 3)"
     ),
-    "of examples": Refused(normalize(mask=np.ones(8, bool)), ValueError, "mask", "shape (8,)", "an axis may also be"),
+    "of examples": Refused(
+        normalize(mask=np.ones(8, bool)), ValueError, "mask", "shape (8,)", "Any axis may also have"
+    ),
     "of another feature axis": Refused(
-        moments(mask=np.ones((8, 3, 16), bool)), ValueError, "mask", "shape (8, 3, 16)", "or (8, 16, 3), where an axis"
+        moments(mask=np.ones((8, 3, 16), bool)), ValueError, "mask", "shape (8, 3, 16)", "or (8, 16, 3). Any axis"
     ),
     "of features": Refused(
-        norm(x=X[:, 0], mask=np.ones(3, bool)), ValueError, "mask", "has shape (3,)", "expected (8,), or (8, 3)"
+        norm(x=X[:, 0], mask=np.ones(3, bool)), ValueError, "mask", "has shape (3,)", "expected (8,) or (8, 3)"
     ),
 }
 

@@ -158,16 +158,18 @@ MOMENTA = {
         update(momentum=jbn.momentum.cumulative), TypeError, "momentum", "jbn.momentum.cumulative itself", "call it"
     ),
     "gives channels": Refused(
-        update(momentum=lambda count: np.ones(3)), TypeError, "momentum", "gives array([1., 1., 1.])", "to a number"
+        update(momentum=lambda count: np.ones(3)), TypeError, "momentum", "returns array([1., 1., 1.])", "to a number"
     ),
     "gives None": Refused(
         update(momentum=lambda count: None),
         TypeError,
         "momentum",
-        "gives None",
+        "returns None",
         "the count of updates, an int32 scalar",
     ),
-    "gives a text": Refused(update(momentum=lambda count: "0.9"), TypeError, "momentum", "gives '0.9'", "to a number"),
+    "gives a text": Refused(
+        update(momentum=lambda count: "0.9"), TypeError, "momentum", "returns '0.9'", "to a number"
+    ),
     "without a count": Refused(
         update(momentum=lambda: 0.9), TypeError, "momentum", "takes 0 positional", "count of updates"
     ),
@@ -176,14 +178,14 @@ MOMENTA = {
         TypeError,
         "momentum",
         "boolean conversion",
-        "Write jnp.where or jax.lax.cond for",
+        "Use jnp.where or jax.lax.cond instead of",
     ),
     "by NumPy": Refused(
         update(momentum=lambda count: np.float32(count) / 9),
         TypeError,
         "momentum",
         "fails on a traced",
-        "and jnp for math",
+        "and jnp instead of math",
     ),
     "of a statistic without a count": Refused(
         norm(state=STATE._replace(count=None), momentum=jbn.momentum.warmup(0.9)),
@@ -193,7 +195,7 @@ MOMENTA = {
         "expected an array like `state.mean`",
     ),
     "without a hash": Refused(
-        norm(momentum=Unhashable()), TypeError, "momentum", "which has no hash", "a frozen dataclass"
+        norm(momentum=Unhashable()), TypeError, "momentum", "which is not hashable", "a frozen dataclass"
     ),
     "traced, one for each feature": Refused(
         jitted(norm(), momentum=np.ones(3, np.float32)), TypeError, "momentum", "a traced float32[3]", "of shape ()"
