@@ -1,7 +1,7 @@
-"""Bad input of batch_norm, normalize and moments: the error names the argument, what it got, and how to mend it.
+"""Bad input of batch_norm, normalize and moments: the error names the argument, what it got, and how to fix it.
 
-Rows of masks, ghost batches, momentum, renorm's bounds and sharing stand in the files of their subjects. Each call
-fails alike in training and at inference where both take the argument, and on traced arrays.
+Masks, ghost batches, momentum, bounds of batch renormalization and sharing are tested in files of their own. Each call
+fails in the same way in training, at inference (if it takes the argument), and on traced arrays.
 """
 
 import functools
@@ -155,7 +155,7 @@ SHORTCUT = {
 
 
 class Unhashable:
-    """An activation that is compared, as a dataclass is that is not frozen."""
+    """An activation with __eq__ but no __hash__, like a dataclass that is not frozen."""
 
     def __call__(self, y):
         return y
@@ -165,14 +165,14 @@ class Unhashable:
 
 
 class Leaky:
-    """Methods of one object are equal and hash alike, whatever the object holds."""
+    """Its method compares and hashes equal, even after `slope` has changed."""
 
     def activation(self, y):
         return jnp.where(y > 0, y, y * self.slope)
 
     @classmethod
     def called(cls, call, *slopes):
-        """What the call gives with the last of these slopes."""
+        """The output for the last of these slopes, after calls with the others."""
         leaky = cls()
         for leaky.slope in slopes:
             out = call(activation=leaky.activation)()
@@ -281,7 +281,7 @@ OF_TRAINING = ("nothing to reduce", "no features either", "train", "running_var"
 
 
 def test_an_object_that_has_changed_computes_anew():
-    """As an activation and as a schedule: jit would find the program of the object as it was."""
+    """As an activation and as a schedule. By its hash, jit would find the program from before the change."""
 
     class Constant:
         def __call__(self, count):

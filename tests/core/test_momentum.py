@@ -1,4 +1,4 @@
-"""Momentum schedules: what they average, how precise they are, and the momenta that are refused."""
+"""Momentum schedules: their averages and precision, and the momenta that are refused."""
 
 import copy
 import functools
@@ -14,7 +14,7 @@ import jbn
 
 
 def averaged(schedule, values):
-    """The moving average of values, from a start of 1e6, and the share of that start that is left."""
+    """The moving average of values from the initial value 1e6, and the remaining weight of the initial value."""
     average, left = 1e6, 1.0
     for count, value in enumerate(values):
         kept = float(schedule(np.int32(count)))
@@ -93,7 +93,7 @@ SCHEDULES_AS_VALUES = {
 
 
 def test_schedules_are_values():
-    """Two made alike are equal, also by pickle, copy and from what they print as; models hold and compare them."""
+    """Schedules from equal arguments are equal, also after pickle, copy or eval of their repr: models compare them."""
     made = {shown: make() for shown, make in SCHEDULES_AS_VALUES.items()}
     for shown, schedule in made.items():
         assert repr(schedule) == shown
@@ -106,7 +106,7 @@ def test_schedules_are_values():
 
 
 def test_scalars_of_numpy_and_jax_are_turned_into_numbers():
-    """A schedule of either is the one that a number makes, and so is every program that takes it."""
+    """A schedule from such a scalar equals the one from a Python number, so programs are not compiled again."""
     made = {
         jbn.momentum.warmup(0.5): jbn.momentum.warmup,
         jbn.momentum.debiased(0.5): jbn.momentum.debiased,
@@ -125,7 +125,7 @@ def by_a_condition(count):
 
 
 class Unhashable:
-    """A schedule that is compared, as a dataclass is that is not frozen."""
+    """A schedule with __eq__ but no __hash__, like a dataclass that is not frozen."""
 
     def __call__(self, count):
         return 0.5

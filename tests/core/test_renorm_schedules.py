@@ -1,4 +1,4 @@
-"""How far batch renormalization may correct: numbers, traced values, and schedules of the count of updates."""
+"""Bounds of batch renormalization: numbers, traced values, and schedules of the count of updates."""
 
 import inspect
 
@@ -14,7 +14,7 @@ import jbn
 
 
 def test_default_bounds_are_those_published():
-    """1 and 0 for 5,000 updates, 3 at 40,000 and 5 at 25,000 (Ioffe 2017, section 4.2), as optax has them."""
+    """1 and 0 for 5,000 updates, then 3 at 40,000 and 5 at 25,000 (Ioffe 2017, section 4.2), compared with optax."""
     r_max, d_max = jbn.renorm.r_max(), jbn.renorm.d_max()
     expected_r = optax.linear_schedule(1.0, 3.0, 35_000, 5_000)
     expected_d = optax.linear_schedule(0.0, 5.0, 20_000, 5_000)
