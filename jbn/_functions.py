@@ -1,4 +1,4 @@
-"""Functions as arguments (schedules and activations), by whose hash JAX looks up compiled programs."""
+"""Functions as arguments: schedules and activations. JAX looks up compiled programs by their hash."""
 
 import functools
 import inspect

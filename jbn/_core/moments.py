@@ -111,7 +111,7 @@ def moments(
 
 
 def merge(*moments: Moments) -> Moments:
-    """The moments of the union of batches, from the moments of each.
+    """Merge the moments of several batches into the moments of their union.
 
     n = na + nb,  d = mb - ma
     mean = ma + d * nb / n,  var = (na * va + nb * vb + d**2 * na * nb / n) / n
@@ -198,12 +198,12 @@ def _about(reduced: tuple[int, ...], count: Any, shift: jax.Array, x: jax.Array,
 
 
 def _about_zero_first(reduced: tuple[int, ...], count: Any, x: jax.Array) -> list[jax.Array]:
-    """Moments from sums about 0; if these lose digits in any feature, all moments again about the means they gave.
+    """Moments from sums about 0 or, if these lose digits in any feature, from sums about the means that they gave.
 
     This form is for TPUs, where sums about 0 fuse with the convolution that computes x. A step of a ResNet-50 in
     bfloat16 moves 0.99 of the bytes of Flax's, and 1.055 with sums about a row of x. A layer with a feature far from 0
     takes a second pass over x. Under vmap, every layer does. On a GPU, the host would wait for the result of the test,
-    and the step takes 1.083 of the time of Flax's.
+    and the step would take 1.083 of the time of Flax's.
     """
     zero = jnp.zeros_like(jnp.sum(wide(x), reduced))  # split over devices as the sums are
     first = _about(reduced, count, zero, x)
