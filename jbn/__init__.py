@@ -52,7 +52,7 @@ _WHEN_TOUCHED = ("checkpoint", "diagnostics", "linen", "nnx", "plot")
 
 
 def __getattr__(name: str) -> Any:
-    """Modules that need Flax, orbax or matplotlib, and those that few need, load when they are first touched."""
+    """Import modules that need Flax, orbax or matplotlib, or that few users need, at their first use."""
     if name in _WHEN_TOUCHED:
         return importlib.import_module(f"jbn.{name}")
     raise AttributeError(f"module 'jbn' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Checks of arguments: what is refused, and the message that says how to mend it."""
+"""Checks of arguments, with error messages that say how to fix the call."""
 
 import operator
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from jbn._complex import is_complex
 from jbn._dtypes import INPUT_DTYPES, arithmetic_dtype, of_kind
 
 STATISTICS = ("var", "count")
-"""Fields that are real for complex x too."""
+"""Fields that are real even for complex x."""
 Numeric = int | float | np.generic | np.ndarray | jax.Array
 AxisName = str | tuple[str, ...]
 IndexGroups = Sequence[Sequence[int]]
@@ -21,7 +21,7 @@ RUNNING_VAR = ("biased", "unbiased", "total")
 
 
 class Axes(NamedTuple):
-    """The axes of an input: those with statistics of their own, and those that are reduced."""
+    """The axes of an input: feature axes, which have statistics of their own, and reduced axes."""
 
     feature: tuple[int, ...]
     reduced: tuple[int, ...]
@@ -32,23 +32,23 @@ class Axes(NamedTuple):
 
 
 def checked_input(x: Any) -> jax.Array:
-    """`x` as an array of one of the input dtypes."""
+    """Convert `x` to an array and check that it has one of the input dtypes."""
     allowed = f"expected one of {', '.join(INPUT_DTYPES)}"
     if hasattr(x, "_fields"):
         raise TypeError(f"`x` is a {type(x).__name__}, not an array: {allowed}.")
     try:
-        # An array stays as it is: to JAX, asarray is an operation, which debug_nans would check masked values in.
+        # jnp.asarray of an array is an operation of JAX: under debug_nans, it would raise for NaN in masked values.
         x = x if isinstance(x, jax.Array) else jnp.asarray(x)
     except (TypeError, ValueError):
         given = f"of dtype {x.dtype}" if isinstance(x, np.ndarray) else "which cannot be converted to an array"
         raise TypeError(f"`x` is a {type(x).__name__}, {given}: {allowed}.") from None
     if x.dtype.name not in INPUT_DTYPES:
-        raise TypeError(f"`x` has dtype {x.dtype.name}: {allowed}. Convert it first: x.astype(jnp.float32).")
+        raise TypeError(f"`x` has dtype {x.dtype.name}: {allowed}. Convert it first, with x.astype(jnp.float32).")
     return x
 
 
 def checked_axes(feature_axis: int | Sequence[int], ndim: int, name: str = "feature_axis", array: str = "x") -> Axes:
-    """Feature axes counted from the front and in ascending order, and the axes left to reduce."""
+    """Feature axes, as nonnegative numbers in ascending order, and the other axes, which are reduced."""
     try:
         given = tuple(feature_axis) if isinstance(feature_axis, Sequence | np.ndarray) else (feature_axis,)
         axes = [index(axis) for axis in given]
@@ -56,7 +56,7 @@ def checked_axes(feature_axis: int | Sequence[int], ndim: int, name: str = "feat
         raise TypeError(f"`{name}` is {feature_axis!r}: expected an int or a sequence of ints.") from None
     for axis in axes:
         if not -ndim <= axis < ndim:
-            allowed = f"expected {-ndim} to {ndim - 1}" if ndim else "a scalar has no features, give it axes"
+            allowed = f"expected {-ndim} to {ndim - 1}" if ndim else "expected an array with at least one axis"
             raise ValueError(f"`{name}` {axis} is out of range for {array} of {ndim} dimensions: {allowed}.")
     feature = tuple(sorted(axis % ndim for axis in axes))
     if len(set(feature)) != len(feature):
@@ -65,21 +65,21 @@ def checked_axes(feature_axis: int | Sequence[int], ndim: int, name: str = "feat
 
 
 def index(value: Any) -> int:
-    """An int, which True and False are not meant as."""
+    """Convert to an int, as operator.index does, but refuse True and False."""
     if isinstance(value, bool):
         raise TypeError
     return operator.index(value)
 
 
 def check_type(name: str, value: Any, kind: type) -> None:
-    """`value` is one of jbn's NamedTuples."""
+    """Check that `value` is of `kind`, one of jbn's NamedTuples."""
     if not isinstance(value, kind):
         fields = ", ".join(kind._fields)
         raise TypeError(f"`{name}` is a {type(value).__name__}: expected jbn.{kind.__name__}({fields}).")
 
 
 def check_vectors(name: str, vectors: Any, expected: tuple[int, ...], why: str) -> None:
-    """Each array of a NamedTuple of per-feature vectors is a float array of the expected shape."""
+    """Check that the fields of a NamedTuple are float arrays of the expected shape."""
     for field, vector in zip(vectors._fields, vectors, strict=True):
         if vector is None and (name == "params" or (name, field) == ("state", "count")):
             continue
@@ -95,18 +95,18 @@ def check_vectors(name: str, vectors: Any, expected: tuple[int, ...], why: str) 
 
 
 def of_upgrade(field: str) -> str:
-    """The remedy for a count of jbn 0.1, to end a message with."""
-    return "; jbn.upgrade(tree) gives each feature of older statistics its count" if field == "count" else ""
+    """The advice for a count of jbn 0.1, to append to a message."""
+    return ". jbn.upgrade(tree) gives each feature of older statistics its own count" if field == "count" else ""
 
 
 def is_array(value: Any) -> TypeGuard[Numeric]:
-    """A number or an array of them, as NumPy's of objects, texts and dates, and JAX's of random keys, are not."""
+    """Whether a value is a number or an array of numbers, not of objects, strings, dates or random keys."""
     dtype = getattr(value, "dtype", np.dtype(float))
     return isinstance(value, Numeric) and getattr(dtype, "kind", "O") not in "MOSUm"
 
 
 def checked_features(features: Any, name: str = "features") -> tuple[int, ...]:
-    """The shape of the features."""
+    """Convert `features`, an int or a sequence of ints, to the feature shape."""
     given = tuple(features) if isinstance(features, Sequence) else (features,)
     try:
         shape = tuple(index(size) for size in given)
@@ -118,7 +118,7 @@ def checked_features(features: Any, name: str = "features") -> tuple[int, ...]:
 
 
 def checked_mask(mask: Any, shape: Sequence[int], axes: Axes) -> jax.Array | None:
-    """The mask with the rank of x, so that it broadcasts against it; None stays None."""
+    """The mask with the rank of x, so that it broadcasts against x; None stays None."""
     if mask is None:
         return None
     try:
@@ -129,8 +129,8 @@ def checked_mask(mask: Any, shape: Sequence[int], axes: Axes) -> jax.Array | Non
         ) from None
     if mask.dtype != jnp.bool_:
         raise TypeError(
-            f"`mask` has dtype {mask.dtype.name}: expected bool, where True counts. "
-            "For a mask of zeros and ones use mask.astype(bool)."
+            f"`mask` has dtype {mask.dtype.name}: expected bool, True for valid values. "
+            "For a mask of zeros and ones, use mask.astype(bool)."
         )
     short = tuple(shape[axis] for axis in axes.reduced)
     if fits(mask.shape, short):
@@ -138,13 +138,13 @@ def checked_mask(mask: Any, shape: Sequence[int], axes: Axes) -> jax.Array | Non
     if fits(mask.shape, shape):
         return mask
     raise ValueError(
-        f"`mask` has shape {mask.shape}, which does not match x of shape {tuple(shape)} without its feature axes "
-        f"{axes.feature}: expected {short}, or {tuple(shape)}, where an axis may also be 1."
+        f"`mask` has shape {mask.shape}, which does not fit x of shape {tuple(shape)} with feature axes "
+        f"{axes.feature}: expected {short} or {tuple(shape)}. Any axis may also have size 1."
     )
 
 
 def checked_shortcut(shortcut: Any, x: jax.Array) -> jax.Array | None:
-    """An array like x; None stays None."""
+    """The shortcut as an array with the shape and kind of dtype of x; None stays None."""
     if shortcut is None:
         return None
     if not is_array(shortcut):
@@ -153,27 +153,27 @@ def checked_shortcut(shortcut: Any, x: jax.Array) -> jax.Array | None:
     if shortcut.shape != x.shape:
         raise ValueError(
             f"`shortcut` has shape {shortcut.shape}, but x has {x.shape}: expected the same shape. Project it first, "
-            "as residual networks do with a convolution of size 1."
+            "for example with a 1x1 convolution."
         )
     if shortcut.dtype.name not in INPUT_DTYPES or is_complex(shortcut) != is_complex(x):
         raise TypeError(
-            f"`shortcut` has dtype {shortcut.dtype.name}: expected {of_kind(x.dtype)}, as x has {x.dtype.name}."
+            f"`shortcut` has dtype {shortcut.dtype.name}, but x has {x.dtype.name}: expected {of_kind(x.dtype)}."
         )
-    # The arithmetic is in the dtype that x has it in.
+    # The arithmetic is in the arithmetic dtype of x, so a shortcut with another one is converted.
     narrow = arithmetic_dtype(shortcut.dtype) == arithmetic_dtype(x.dtype)
     return shortcut if narrow else shortcut.astype(arithmetic_dtype(x.dtype))
 
 
 def fits(shape: Sequence[int], expected: Sequence[int]) -> bool:
-    """Whether a mask of this shape has the axes that are expected, of their size or of size 1."""
+    """Whether a mask of this shape has the expected axes, each with the expected size or size 1."""
     return len(shape) == len(expected) and all(m in (1, n) for m, n in zip(shape, expected, strict=True))
 
 
 def check_flag(name: str, flag: Any, true: str, false: str) -> None:
-    """A flag selects one of two programs, so it is a bool of Python; `true` and `false` say what it does."""
+    """Check that a flag is a Python bool, since it selects a program; `true` and `false` describe the two programs."""
     if isinstance(flag, Tracer):
         raise TypeError(
-            f"`{name}` is traced, but it selects the program and must be a Python bool: pass it by "
+            f"`{name}` is traced, but it selects the program and must be a Python bool. Make it static with "
             f"jax.jit(..., static_argnames='{name}'), or bind it with functools.partial before jit."
         )
     if not isinstance(flag, bool | np.bool_):
@@ -181,7 +181,7 @@ def check_flag(name: str, flag: Any, true: str, false: str) -> None:
 
 
 def checked_epsilon(epsilon: Any) -> float:
-    """A concrete, positive number that float32 can hold."""
+    """Check that epsilon is a concrete, positive number that float32 can represent."""
     check_concrete("epsilon", epsilon, "1e-5")
     if not is_number(epsilon):
         raise TypeError(f"`epsilon` is {epsilon!r}: expected a number such as 1e-5.")
@@ -192,7 +192,7 @@ def checked_epsilon(epsilon: Any) -> float:
 
 
 def check_concrete(name: str, value: Any, example: str) -> None:
-    """What a trace stands for is not known yet."""
+    """Check that a value is not traced."""
     if isinstance(value, Tracer):
         raise TypeError(f"`{name}` is traced: expected a Python number such as {example}, bound before jit.")
 

@@ -1,4 +1,4 @@
-"""The dtypes of input, statistics and results: which are taken, and in which the arithmetic is."""
+"""The dtypes of input, arithmetic, statistics and results."""
 
 from typing import Any
 
@@ -12,14 +12,14 @@ STATE_DTYPES = ("float32", "float64")
 
 
 def arithmetic_dtype(dtype: Any) -> Any:
-    """The dtype to compute in: float32, or complex64, at least."""
+    """The dtype to compute in: at least float32, or complex64 for complex input."""
     if is_complex(dtype):
         return dtype
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def checked_dtype(dtype: Any, default: Any, name: str = "dtype") -> Any:
-    """The dtype of the result, complex where x is, whose dtype is the default; or any dtype of parameters."""
+    """Check a dtype: complex exactly if `default`, the dtype of x, is; any input dtype if `default` is None."""
     if dtype is None:
         return default
     if _dtype_name(dtype) not in INPUT_DTYPES:
@@ -30,18 +30,18 @@ def checked_dtype(dtype: Any, default: Any, name: str = "dtype") -> Any:
 
 
 def of_kind(dtype: Any) -> str:
-    """The dtypes of input that are complex, or float, as this one is."""
+    """A list for messages: the complex input dtypes for a complex dtype, otherwise the float ones."""
     return "one of " + ", ".join(name for name in INPUT_DTYPES if is_complex(jnp.dtype(name)) == is_complex(dtype))
 
 
 def check_kinds(params: Any, state: Any, x: jax.Array, name: str = "x") -> None:
-    """The mean is complex where the input of this name is, and so may scale and bias be there."""
+    """Check that the mean is complex exactly if x is, and that scale and bias are complex only if x is."""
     mean = jnp.result_type(state.mean)
     if is_complex(mean) != is_complex(x):
         wanted = "complex64 or complex128" if is_complex(x) else "a float dtype"
         raise TypeError(
-            f"`state.mean` has dtype {mean.name}, but {name} has dtype {x.dtype.name}: expected {wanted}, as "
-            f"jbn.init(features, jnp.{arithmetic_dtype(x.dtype).name}) makes it."
+            f"`state.mean` has dtype {mean.name}, but {name} has dtype {x.dtype.name}: expected {wanted}. "
+            f"Create it with jbn.init(features, jnp.{arithmetic_dtype(x.dtype).name})."
         )
     for field, vector in params._asdict().items():
         if vector is not None and is_complex(jnp.result_type(vector)) and not is_complex(x):
@@ -52,23 +52,23 @@ def check_kinds(params: Any, state: Any, x: jax.Array, name: str = "x") -> None:
 
 
 def checked_state_dtype(name: str, dtype: Any) -> Any:
-    """Running statistics in half precision stop moving, so they are refused."""
+    """Check the dtype of running statistics; half precision is refused, because it loses small updates."""
     if not is_state_dtype(dtype):
         raise TypeError(
             f"`{name}` is {_dtype_name(dtype)}: expected {' or '.join(STATE_DTYPES)}, since running statistics "
-            "lose small updates in half precision. Convert it by `.astype`; x may have a low precision."
+            "lose small updates in half precision. Convert it with `.astype`. x itself may be in half precision."
         )
     return jnp.dtype(dtype)
 
 
 def is_state_dtype(dtype: Any) -> bool:
-    """Whether running statistics, or their real parts, are precise enough to be updated."""
+    """Whether a dtype (the dtype of its real part, if complex) is precise enough for running statistics."""
     name = _dtype_name(dtype)
     return name in STATE_DTYPES or name.startswith("complex")
 
 
 def check_state_dtype(state: Any, name: str = "state") -> None:
-    """The dtypes of running statistics."""
+    """Check the dtype of each array of running statistics."""
     for field, array in state._asdict().items():
         if array is None:
             continue
@@ -76,7 +76,7 @@ def check_state_dtype(state: Any, name: str = "state") -> None:
 
 
 def _dtype_name(dtype: Any) -> str:
-    """The name of a dtype, or what was given instead of one."""
+    """The name of a dtype, or the repr of a value that is not a dtype."""
     try:
         return jnp.dtype(dtype).name
     except TypeError:

@@ -1,25 +1,25 @@
-"""Functions that are given as arguments, schedules and activations: compiled programs are found again by their hash."""
+"""Functions as arguments: schedules and activations. JAX looks up compiled programs by their hash."""
 
 import functools
 import inspect
 from typing import Any
 
 OF_FUNCTIONS = ("builtins", "functools", "jax", "jaxlib", "numpy")
-"""Packages of the types of functions, of jitted ones and of those with a derivative of their own."""
+"""Packages that define types of functions: plain, jitted, partial, or with a custom derivative."""
 
 
 def as_constant(name: str, function: Any) -> Any:
-    """A function that stands for one computation, so that compiled programs may be found again by its hash.
+    """A function whose hash stands for one computation, so that compiled programs can be looked up by it.
 
-    A method, or an object that compares by identity, may compute something else once its attributes have changed: it is
-    given as a new function each time.
+    A method, or an object that compares by identity, may compute something else after its attributes have changed.
+    It is wrapped in a new function at each call.
     """
     try:
         hash(function)
     except TypeError:
         raise TypeError(
-            f"`{name}` is {function!r}, which has no hash: expected a function, or an object with __hash__ and __eq__, "
-            "such as a frozen dataclass without arrays. Apply what holds arrays to the result."
+            f"`{name}` is {function!r}, which is not hashable: expected a function, or an object with __hash__ and "
+            "__eq__, such as a frozen dataclass without arrays. If it holds arrays, apply it to the result instead."
         ) from None
     if not _may_change(function):
         return function
@@ -32,7 +32,7 @@ def as_constant(name: str, function: Any) -> Any:
 
 
 def _may_change(value: Any) -> bool:
-    """Whether a function, or what is bound to it, compares by identity, whatever its attributes are."""
+    """Whether a function, or a value bound to it, compares by identity although its attributes may change."""
     if isinstance(value, functools.partial):
         return any(map(_may_change, (value.func, *value.args, *value.keywords.values())))
     kind = type(value)

@@ -1,4 +1,4 @@
-"""How a batch is normalized: all that is fixed when the program is traced, worked out once from checked arguments."""
+"""How a batch is normalized: everything that is fixed when the program is traced, from checked arguments."""
 
 import functools
 import math
@@ -17,14 +17,14 @@ from jbn._complex import is_complex
 
 
 class Sharing(NamedTuple):
-    """Who shares statistics: everything along a mapped axis, or groups of places on it."""
+    """How statistics are shared: over all places on a mapped axis, or within groups of places on it."""
 
     axis_name: AxisName
     groups: tuple[tuple[int, ...], ...] | None
 
 
 class Rule(NamedTuple):
-    """How x is normalized: all that is fixed when the program is traced."""
+    """How x is normalized: everything that is fixed when the program is traced."""
 
     axes: Axes
     epsilon: float
@@ -35,21 +35,21 @@ class Rule(NamedTuple):
     ghost_batches: int | None = None
     """The number of groups of examples that are normalized on their own."""
     correction: Any = None
-    """That of batch renormalization; None is batch norm."""
+    """The correction of batch renormalization; None for batch norm."""
 
     @property
     def reduced(self) -> tuple[int, ...]:
-        """The axes over which statistics are taken."""
+        """The axes over which statistics are computed."""
         return self.axes.reduced
 
     @property
     def of_moments(self) -> "Rule":
-        """What the moments of a batch depend on: norms that differ in the rest share their trace."""
+        """The fields that the moments depend on; norms that agree in them share the trace of their moments."""
         return Rule(self.axes, epsilon=0.0, dtype=None, sharing=self.sharing)
 
 
 class Numbers(NamedTuple):
-    """Momentum and bounds that are numbers, which a program takes as arguments; None for what a schedule gives."""
+    """Momentum and bounds that are numbers, which the program takes as arguments; None where a schedule is given."""
 
     momentum: Any
     r_max: Any = None
@@ -64,7 +64,7 @@ def checked_rule(
     activation: Any = None,
     dtype: Any = None,
 ) -> Rule:
-    """How x is normalized, by the arguments that training and inference have."""
+    """The rule from the arguments that training and inference have in common."""
     axes = _arguments.checked_axes(feature_axis, x.ndim)
     activation = checked_activation(activation, x.shape, _dtypes.arithmetic_dtype(x.dtype))
     return Rule(axes, _arguments.checked_epsilon(epsilon), _dtypes.checked_dtype(dtype, x.dtype), activation)
@@ -73,21 +73,21 @@ def checked_rule(
 def training_rule(
     rule: Rule, x: jax.Array, axis_name: Any, axis_index_groups: Any, ghost_batch_size: Any = None
 ) -> Rule:
-    """The rule with who shares statistics, and with the number of ghost batches."""
+    """Add the sharing of statistics and the number of ghost batches to the rule."""
     if not rule.reduced and axis_name is None:
         raise ValueError(
-            f"`x` has shape {tuple(x.shape)}, and every axis is a feature axis: no axis is left to take statistics "
+            f"`x` has shape {tuple(x.shape)}, and all its axes are feature axes: no axis is left to compute statistics "
             "over. Add a batch axis, or name a mapped axis with `axis_name`."
         )
     groups = None if ghost_batch_size is None else checked_ghost_batches(ghost_batch_size, x, rule.axes)
     return rule._replace(sharing=checked_sharing(axis_name, axis_index_groups), ghost_batches=groups)
 
 
-ELEMENTWISE = "expected an elementwise function of jax, whose result is a float array of the same shape: jax.nn.relu"
+ELEMENTWISE = "expected an elementwise JAX function that returns a float array of the same shape, such as jax.nn.relu"
 
 
 def checked_activation(activation: Any, shape: Sequence[int], dtype: Any) -> Any:
-    """An elementwise function that captures nothing traced; None stays None."""
+    """Check that an activation is elementwise and captures no traced value; None stays None."""
     if activation is None:
         return None
     if not callable(activation):
@@ -99,7 +99,7 @@ def checked_activation(activation: Any, shape: Sequence[int], dtype: Any) -> Any
 
 @functools.lru_cache(maxsize=256)
 def _check_elementwise(activation: Callable[..., Any], shape: tuple[int, ...], dtype: Any) -> None:
-    """What a trace of the activation shows; errors are not remembered."""
+    """Trace the activation to check it; exceptions are not cached."""
     before, shown = jax.ShapeDtypeStruct(shape, dtype), getattr(activation, "__wrapped__", activation)
     try:
         program, after = jax.make_jaxpr(lambda y: activation(y), return_shape=True)(before)
@@ -110,7 +110,7 @@ def _check_elementwise(activation: Callable[..., Any], shape: tuple[int, ...], d
     if captured:
         raise ValueError(
             f"`activation` is {shown!r}, which captures a traced {captured[0].aval.str_short()}: its derivative "
-            "would be lost. Give what is added as `shortcut`, or apply the activation to the result."
+            "would be lost. Pass an array to be added as `shortcut`, or apply the activation to the result."
         )
     kind = jnp.inexact if is_complex(before) else jnp.floating
     if getattr(after, "shape", None) != shape or not jnp.issubdtype(after.dtype, kind):
@@ -118,7 +118,7 @@ def _check_elementwise(activation: Callable[..., Any], shape: tuple[int, ...], d
 
 
 def checked_sharing(axis_name: Any, axis_index_groups: Any) -> Sharing | None:
-    """The arguments `axis_name` and `axis_index_groups`; None shares nothing."""
+    """Check `axis_name` and `axis_index_groups`; None means that statistics are not shared."""
     name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
     for each in name if isinstance(name, tuple) else (name,):
         if isinstance(each, int) or not isinstance(each, Hashable):
@@ -140,14 +140,14 @@ def checked_sharing(axis_name: Any, axis_index_groups: Any) -> Sharing | None:
     size, places = lax.axis_size(name), sum(map(len, groups))
     if size != places:
         raise ValueError(
-            f"`axis_index_groups` is {[list(group) for group in groups]}, which has {places} places, but the axis "
-            f"{name!r} has {size}: expected each place from 0 to {size - 1} once."
+            f"`axis_index_groups` is {[list(group) for group in groups]}, which has {places} indices, but the axis "
+            f"{name!r} has size {size}: expected each index from 0 to {size - 1} once."
         )
     return Sharing(name, groups)
 
 
 def _check_bound(axis_name: Any) -> None:
-    """An axis that nothing binds is an error that says what to wrap."""
+    """Check that a surrounding transformation binds the axis."""
     try:
         lax.axis_size(axis_name)
     except NameError:
@@ -159,8 +159,8 @@ def _check_bound(axis_name: Any) -> None:
 
 
 def _checked_index_groups(axis_index_groups: Any) -> tuple[tuple[int, ...], ...]:
-    """Groups that hold each place from 0 on once."""
-    expected = "expected lists of the places on the mapped axis, each place once, as in [[0, 1], [2, 3]]"
+    """Check that the groups contain each index from 0 on exactly once."""
+    expected = "expected lists of the indices on the mapped axis, each index once, as in [[0, 1], [2, 3]]"
     try:
         groups = tuple(tuple(operator.index(place) for place in group) for group in axis_index_groups)
     except TypeError:
@@ -179,7 +179,7 @@ def checked_ghost_batches(ghost_batch_size: Any, x: jax.Array, axes: Axes) -> in
         raise TypeError(f"`ghost_batch_size` is {ghost_batch_size!r}: expected an int or None.") from None
     if 0 in axes.feature:
         raise ValueError(
-            f"`ghost_batch_size` cuts the first axis of x, which is a feature axis here ({axes.feature}): "
+            f"`ghost_batch_size` divides the first axis of x, which is a feature axis here ({axes.feature}): "
             "move the batch to the first axis."
         )
     if not isinstance(x.shape[0], int):
@@ -194,7 +194,7 @@ def checked_ghost_batches(ghost_batch_size: Any, x: jax.Array, axes: Axes) -> in
 
 
 def _check_groups_fit_shards(groups: int, x: jax.Array) -> None:
-    """Under explicit sharding, no group of examples may reach over the border of a device."""
+    """Check that under explicit sharding no ghost batch is split over devices."""
     sharding = jax.typeof(x).sharding
     names = sharding.spec[0] or ()
     shards = math.prod(sharding.mesh.shape[name] for name in ((names,) if isinstance(names, str) else names))

@@ -1,4 +1,4 @@
-"""Momentum schedules: the share of the old running statistics to keep, as a function of the updates made so far."""
+"""Momentum schedules: the share of the old running statistics to keep, as a function of the count of updates."""
 
 import dataclasses
 import math
@@ -14,9 +14,9 @@ Schedule = Callable[[Any], Any]
 
 
 def cumulative() -> Schedule:
-    """The plain average of all batches: nothing is left of the start, and every batch weighs the same.
+    """Schedule for the plain average of all batches: equal weights, and no weight for the initial values.
 
-    momentum(t) = t / (t + 1).
+    momentum(t) = t / (t + 1)
 
     Returns:
         Schedule from the count of updates so far, an int32 scalar, to a momentum, a float scalar.
@@ -38,19 +38,19 @@ def cumulative() -> Schedule:
 
 
 def warmup(momentum: float) -> Schedule:
-    """The plain average until it holds as many batches as the moving average remembers, then the moving average.
+    """Schedule for the plain average of the first 1 / (1 - momentum) batches, and the moving average afterwards.
 
-    momentum(t) = min(momentum, t / (t + 1)).
+    momentum(t) = min(momentum, t / (t + 1))
 
     Args:
-        momentum: share of the old value kept once warm, in [0, 1].
+        momentum: share of the old value kept after the warmup, in [0, 1].
 
     Returns:
         Schedule from the count of updates so far, an int32 scalar, to a momentum, a float scalar.
 
     Raises:
-        TypeError: momentum is no number.
-        ValueError: it is not in [0, 1].
+        TypeError: momentum is not a number.
+        ValueError: momentum is not in [0, 1].
 
     Example:
         >>> import jbn
@@ -65,9 +65,12 @@ def warmup(momentum: float) -> Schedule:
 
 
 def debiased(momentum: float) -> Schedule:
-    """The moving average divided by the weight that it has gathered: nothing is left of the start.
+    """Schedule for the moving average without the weight of the initial values, as in Adam's bias correction.
 
-    momentum(t) = m * (1 - m**t) / (1 - m**(t+1)), precise for m near 1.
+    momentum(t) = m * (1 - m**t) / (1 - m**(t + 1))
+
+    The running statistics are then the moving average divided by the total weight of its batches. The schedule is
+    precise for m near 1.
 
     Args:
         momentum: m, in [0, 1].
@@ -76,8 +79,8 @@ def debiased(momentum: float) -> Schedule:
         Schedule from the count of updates so far, an int32 scalar, to a momentum, a float scalar.
 
     Raises:
-        TypeError: momentum is no number.
-        ValueError: it is not in [0, 1].
+        TypeError: momentum is not a number.
+        ValueError: momentum is not in [0, 1].
 
     Example:
         >>> import jbn
@@ -92,20 +95,20 @@ def debiased(momentum: float) -> Schedule:
 
 
 def per_microbatch(momentum: float, microbatches: int) -> float:
-    """The momentum whose updates, one a microbatch, together keep as much as one update a batch.
+    """Momentum for one update per microbatch that keeps as much of the old value as one update per batch.
 
-    momentum ** (1 / microbatches).
+    result = momentum**(1 / microbatches)
 
     Args:
-        momentum: share of the old value kept by a whole batch, in [0, 1].
-        microbatches: updates that shall weigh as one, an int of at least 1.
+        momentum: share of the old value kept at the update for a full batch, in [0, 1].
+        microbatches: number of microbatches in a batch, an int of at least 1.
 
     Returns:
-        The share of the old value to keep at each of them.
+        The share of the old value to keep at the update for a microbatch.
 
     Raises:
-        TypeError: momentum is no number.
-        ValueError: momentum is not in [0, 1], or microbatches is no int of at least 1.
+        TypeError: momentum is not a number.
+        ValueError: momentum is not in [0, 1], or microbatches is not an int of at least 1.
 
     Example:
         >>> import jbn
@@ -122,9 +125,11 @@ def per_microbatch(momentum: float, microbatches: int) -> float:
 
 
 def from_torch(momentum: float | None) -> float | Schedule:
-    """jbn's momentum for PyTorch's, which is the share of the new value, not of the old.
+    """Convert PyTorch's momentum, which is the share of the new value, to jbn's, which is the share of the old value.
 
-    1 - momentum; None, PyTorch's cumulative average, gives `cumulative()`.
+    result = 1 - momentum
+
+    None, which means a cumulative average in PyTorch, gives `cumulative()`.
 
     Args:
         momentum: PyTorch's `momentum`, in [0, 1], or None.
@@ -133,8 +138,8 @@ def from_torch(momentum: float | None) -> float | Schedule:
         A momentum for `batch_norm`.
 
     Raises:
-        TypeError: momentum is no number.
-        ValueError: it is not in [0, 1].
+        TypeError: momentum is not a number.
+        ValueError: momentum is not in [0, 1].
 
     Example:
         >>> import jbn
@@ -148,13 +153,15 @@ def from_torch(momentum: float | None) -> float | Schedule:
 
 
 def at(momentum: Any, count: jax.Array, dtype: Any) -> jax.Array:
-    """The momentum of one update: what a number or a schedule comes to.
+    """Evaluate a momentum, which is a number or a schedule, at one update.
 
-    clip(momentum(count), 0, 1). Concrete numbers are checked instead, so that a slip is not clipped unseen.
+    result = clip(momentum(count), 0, 1)
+
+    A concrete number outside [0, 1] raises an error instead.
 
     Args:
-        momentum: a number, or a schedule from the count of updates so far to one.
-        count: the updates made so far, an int32 scalar.
+        momentum: a number, or a schedule: a function from the count of updates so far to a number.
+        count: the number of updates so far, an int32 scalar.
         dtype: dtype of the result, float32 or float64.
 
     Returns:
@@ -162,7 +169,7 @@ def at(momentum: Any, count: jax.Array, dtype: Any) -> jax.Array:
 
     Raises:
         TypeError: momentum is neither a number nor a function to a scalar.
-        ValueError: it is outside [0, 1].
+        ValueError: momentum is a number outside [0, 1].
 
     Example:
         >>> import jax.numpy as jnp

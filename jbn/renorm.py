@@ -1,4 +1,4 @@
-"""Schedules for `batch_renorm`: how far it may correct, as a function of the updates made so far."""
+"""Schedules for the bounds of the correction in `batch_renorm`, as functions of the count of updates."""
 
 import dataclasses
 import math
@@ -13,21 +13,21 @@ from jbn.momentum import Schedule
 
 
 def r_max(limit: float = 3.0, *, begin: int = 5_000, end: int = 40_000) -> Schedule:
-    """The bound of the ratio r: 1, which is batch norm, until `begin`, then linearly up to `limit` at `end`.
+    """Schedule for the bound of r: 1, which is batch norm, until `begin`, then a linear rise to `limit` at `end`.
 
-    r_max(t) = 1 + (limit - 1) * clip((t - begin) / (end - begin), 0, 1).
+    r_max(t) = 1 + (limit - 1) * clip((t - begin) / (end - begin), 0, 1)
 
     Args:
-        limit: the bound from `end` on, at least 1. The defaults are those that were published.
-        begin: updates until the bound begins to rise.
-        end: updates until it has reached the limit, more than `begin`.
+        limit: the bound from `end` on, at least 1. The defaults are the published ones.
+        begin: count of updates at which the bound begins to rise.
+        end: count of updates at which the bound reaches the limit, more than `begin`.
 
     Returns:
         Schedule from the count of updates so far, an int32 scalar, to a bound, a float scalar.
 
     Raises:
-        TypeError: something that is no number.
-        ValueError: limit is below 1 or not finite, or not 0 <= begin < end.
+        TypeError: an argument is not a number.
+        ValueError: limit is below 1 or not finite, or 0 <= begin < end does not hold.
 
     Example:
         >>> import jbn
@@ -42,21 +42,21 @@ def r_max(limit: float = 3.0, *, begin: int = 5_000, end: int = 40_000) -> Sched
 
 
 def d_max(limit: float = 5.0, *, begin: int = 5_000, end: int = 25_000) -> Schedule:
-    """The bound of the shift d: 0, which is batch norm, until `begin`, then linearly up to `limit` at `end`.
+    """Schedule for the bound of d: 0, which is batch norm, until `begin`, then a linear rise to `limit` at `end`.
 
-    d_max(t) = limit * clip((t - begin) / (end - begin), 0, 1).
+    d_max(t) = limit * clip((t - begin) / (end - begin), 0, 1)
 
     Args:
-        limit: the bound from `end` on, at least 0. The defaults are those that were published.
-        begin: updates until the bound begins to rise.
-        end: updates until it has reached the limit, more than `begin`.
+        limit: the bound from `end` on, at least 0. The defaults are the published ones.
+        begin: count of updates at which the bound begins to rise.
+        end: count of updates at which the bound reaches the limit, more than `begin`.
 
     Returns:
         Schedule from the count of updates so far, an int32 scalar, to a bound, a float scalar.
 
     Raises:
-        TypeError: something that is no number.
-        ValueError: limit is below 0 or not finite, or not 0 <= begin < end.
+        TypeError: an argument is not a number.
+        ValueError: limit is below 0 or not finite, or 0 <= begin < end does not hold.
 
     Example:
         >>> import jbn
@@ -73,7 +73,7 @@ def d_max(limit: float = 5.0, *, begin: int = 5_000, end: int = 25_000) -> Sched
 def _checked_limit(name: str, limit: Any) -> float:
     value = checked_bound_number(name, "limit", limit)
     if math.isinf(value):
-        raise ValueError(f"`limit` is {value}: expected a finite number. For no bound give {name}={value}.")
+        raise ValueError(f"`limit` is {value}: expected a finite number. For no bound, pass {name}={value}.")
     return value
 
 
@@ -89,7 +89,7 @@ def _checked_ends(begin: Any, end: Any) -> tuple[int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class _Ramp:
-    """A bound that rises linearly from the least one."""
+    """A bound that rises linearly from the one in LEAST_BOUNDS."""
 
     name: str
     limit: float

@@ -1,4 +1,4 @@
-"""Batch normalization as a pure function: the batch's statistics in training, the running ones at inference."""
+"""Batch normalization as a pure function: batch statistics in training, running statistics at inference."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -40,40 +40,41 @@ def batch_norm(
     shortcut: ArrayLike | None = None,
     dtype: Any = None,
 ) -> tuple[jax.Array, State]:
-    """Normalize x per feature, by the batch's statistics in training and by the running ones at inference.
+    """Normalize x per feature: by batch statistics in training, by running statistics at inference.
 
     out = activation((x - mean) / sqrt(var + epsilon) * scale + bias + shortcut)
 
     Args:
         params: scale and bias of the feature shape; either may be None.
-        state: running mean, variance and count of updates; training output does not depend on it.
-        x: float32, float64, bfloat16 or float16 array; the arithmetic is in float32 at least. Or complex64 or
-            complex128, with a state of `init(features, jnp.complex64)`: the variance is the mean of |x - mean|**2.
-        train: a Python bool; True normalizes by the batch and updates the state.
-        momentum: share of the old value kept at an update, or a schedule from a feature's count of updates, an
-            int32 scalar, to it.
+        state: running mean, variance and count of updates. The training output does not depend on it.
+        x: float32, float64, bfloat16 or float16 array; the arithmetic is in float32 at least. x may also be complex64
+            or complex128, with a state from `init(features, jnp.complex64)`. The variance is the mean of |x - mean|**2.
+        train: Python bool. True normalizes by batch statistics and updates the state.
+        momentum: share of the old value kept at an update, or a schedule: a function from a feature's count of
+            updates, an int32 scalar, to that share.
         epsilon: added to the variance.
-        feature_axis: the axis, or axes, that have statistics of their own; all others are reduced.
-        mask: boolean, True counts; the shape of x without its feature axes, or of the rank of x; any axis may be 1.
-            Masked values change nothing, come out as 0, and get gradient 0, whatever they hold.
-        axis_name: mapped axis or axes to share statistics over: pmap, vmap, shard_map.
-        axis_index_groups: places on that axis that share among themselves only, as in [[0, 1], [2, 3]].
-        ghost_batch_size: normalize groups of this many examples, contiguous along the first axis, on their own; the
-            running statistics see the whole batch.
+        feature_axis: the axis or axes that have statistics of their own; all others are reduced.
+        mask: boolean array, True for valid values. It has the shape of x without its feature axes, or the rank of x;
+            any axis may have size 1. Masked values have no effect, even NaN; their output and gradient are 0.
+        axis_name: mapped axis or axes (of pmap, vmap or shard_map) to share statistics over.
+        axis_index_groups: groups of indices on that axis that share statistics, such as [[0, 1], [2, 3]].
+        ghost_batch_size: normalize groups of this many examples, contiguous along the first axis, on their own. The
+            running statistics take the moments of the full batch.
         running_var: which variance the running average takes: "biased", "unbiased" or "total" (see `update`).
-        activation: shape-preserving elementwise function, applied in float32 before the cast to `dtype`. It must not
-            capture a traced value. A new function object is compiled anew: define it once, outside of the loop.
-        shortcut: float array of the shape of x, added before the activation, as where a residual block joins.
-        dtype: dtype of the result; None is that of x.
+        activation: elementwise function that keeps the shape, applied in float32 before the cast to `dtype`. It must
+            not capture a traced value. Define it once, outside the loop: each new function object compiles again.
+        shortcut: float array of the shape of x, added before the activation, as in a residual block.
+        dtype: dtype of the result; None means the dtype of x.
 
     Returns:
-        The result, of the shape of x, and the new state, not differentiated. A feature whose new statistics would not
-        be finite, or that has nothing valid, keeps its old ones (see `update`); inference returns the state unchanged.
+        The result, of the shape of x, and the new state, which is not differentiated. A feature keeps its old
+        statistics if it has no valid value or if the new ones would not be finite (see `update`). Inference returns
+        the state unchanged.
 
     Raises:
         NameError: no transformation binds `axis_name`.
-        TypeError: a wrong kind or dtype of argument, or a traced `train`.
-        ValueError: shapes or values that do not fit; the message says how to mend it.
+        TypeError: an argument has the wrong type or dtype, or `train` is traced.
+        ValueError: a shape or value does not fit; the message says how to fix it.
 
     Example:
         >>> import jax.numpy as jnp
@@ -112,28 +113,28 @@ def normalize(
     shortcut: ArrayLike | None = None,
     dtype: Any = None,
 ) -> jax.Array:
-    """Normalize x by the running statistics: the inference half of `batch_norm`.
+    """Normalize x by the running statistics, as `batch_norm` does at inference.
 
     out = activation((x - state.mean) / sqrt(state.var + epsilon) * scale + bias + shortcut)
 
     Args:
         params: scale and bias of the feature shape; either may be None.
-        state: running mean and variance of the feature shape; unset ones give NaN.
+        state: running mean and variance of the feature shape. Unset statistics give NaN.
         x: float32, float64, bfloat16 or float16 array.
         epsilon: added to the variance.
-        feature_axis: the axis, or axes, that have statistics of their own.
-        mask: boolean, True counts; the shape of x without its feature axes, or of the rank of x; any axis may be 1.
-            Masked values come out as 0 and get gradient 0.
-        activation: shape-preserving elementwise function, applied in float32 before the cast to `dtype`.
+        feature_axis: the axis or axes that have statistics of their own.
+        mask: boolean array, True for valid values. It has the shape of x without its feature axes, or the rank of x;
+            any axis may have size 1. The output and gradient of masked values are 0.
+        activation: elementwise function that keeps the shape, applied in float32 before the cast to `dtype`.
         shortcut: float array of the shape of x, added before the activation.
-        dtype: dtype of the result; None is that of x.
+        dtype: dtype of the result; None means the dtype of x.
 
     Returns:
         The result, of the shape of x.
 
     Raises:
-        TypeError: a wrong kind or dtype of argument.
-        ValueError: shapes or values that do not fit; the message says how to mend it.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a shape or value does not fit; the message says how to fix it.
 
     Example:
         >>> import jax.numpy as jnp
@@ -154,11 +155,11 @@ def normalize(
 def normalize_by_batch(
     rule: Rule, params: Params, state: State, inputs: Inputs, numbers: Numbers
 ) -> tuple[jax.Array, State]:
-    """Normalize by the moments of the batch, and move the running ones towards them."""
+    """Normalize by the moments of the batch, and update the running statistics with them."""
     x = inputs.x
     if 0 in x.shape:
         return jnp.zeros(x.shape, rule.dtype), lax.stop_gradient(state)
-    # Each ghost batch is normalized on its own; the running statistics see all of them, on all devices.
+    # Each ghost batch is normalized on its own. The running statistics take the moments of all of them, on all devices.
     own, group = (rule, inputs) if rule.ghost_batches is None else _in_ghost_batches(rule, inputs)
     affine = Affine(aligned(own, params.scale, group.x, missing=1), aligned(own, params.bias, group.x, missing=0))
     target = None
@@ -184,9 +185,9 @@ def normalize_by_state(rule: Rule, params: Params, state: State, inputs: Inputs)
 
 
 def _in_ghost_batches(rule: Rule, inputs: Inputs) -> tuple[Rule, Inputs]:
-    """The inputs in groups of examples, as (groups, examples of a group, ...), and the rule for each group alone."""
+    """Reshape the inputs to (groups, examples per group, ...); return them with the rule that normalizes each group."""
     examples = inputs.x.shape[0]
-    # A mask of size 1 on the first axis counts for all examples.
+    # A mask of size 1 on the first axis applies to all examples.
     whole = [None if array is None else jnp.broadcast_to(array, (examples, *array.shape[1:])) for array in inputs]
     cut = [array if array is None else array.reshape(rule.ghost_batches, -1, *array.shape[1:]) for array in whole]
     feature, reduced = (tuple(axis + 1 for axis in axes) for axes in rule.axes)
@@ -194,7 +195,7 @@ def _in_ghost_batches(rule: Rule, inputs: Inputs) -> tuple[Rule, Inputs]:
 
 
 def aligned(rule: Rule, vector: Any, x: jax.Array, missing: int = 0) -> jax.Array:
-    """A vector of the feature shape, or `missing` for None; wide, and with an axis of size 1 for ghost batches."""
+    """The vector (filled with `missing` if None) in the arithmetic dtype, with an axis of size 1 for ghost batches."""
     dtype = _dtypes.arithmetic_dtype(x.dtype)
     vector = jnp.full(rule.axes.features(x.shape), missing, dtype) if vector is None else vector
     vector = split_as(lax.convert_element_type(vector, dtype), x, rule.axes.feature)
@@ -202,15 +203,15 @@ def aligned(rule: Rule, vector: Any, x: jax.Array, missing: int = 0) -> jax.Arra
 
 
 def checked_call(params: Any, state: Any, inputs: Inputs, *, train: bool, **options: Any) -> tuple[Inputs, Rule]:
-    """The arguments that training and inference share, checked, with the rule that they make."""
+    """Check the arguments that training and inference have in common; return the inputs and their rule."""
     for name, value, kind in (("params", params, Params), ("state", state, State)):
         _arguments.check_type(name, value, kind)
     x = _arguments.checked_input(inputs.x)
     rule = checked_rule(x, **options)
     features = rule.axes.features(x.shape)
-    why = f"as x of shape {tuple(x.shape)} has it on `feature_axis` {rule.axes.feature}; jbn.init({features}) makes it"
+    why = f"from `feature_axis` {rule.axes.feature} of x of shape {tuple(x.shape)}. Create it with jbn.init({features})"
     fitting = [axis for axis, size in enumerate(x.shape) if (size,) == getattr(state.mean, "shape", ())]
-    why += f", and feature_axis={fitting[0]} takes the state as it is" if fitting else ""
+    why += f", or give feature_axis={fitting[0]}, which fits the state" if fitting else ""
     for name, vectors in (("params", params), ("state", state)):
         _arguments.check_vectors(name, vectors, features, why)
     _dtypes.check_kinds(params, state, x)

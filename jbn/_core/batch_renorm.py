@@ -1,4 +1,4 @@
-"""Batch renormalization: training that sees what inference will, by a clipped correction towards the running state."""
+"""Batch renormalization: batch norm in training, with a bounded correction towards the running statistics."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -45,46 +45,50 @@ def batch_renorm(
     shortcut: ArrayLike | None = None,
     dtype: Any = None,
 ) -> tuple[jax.Array, State]:
-    """Normalize x by the batch in training, corrected towards the running statistics; by those alone at inference.
+    """Normalize x as `batch_norm` does, with a bounded correction towards the running statistics in training.
 
-    out = activation((xhat * r + d) * scale + bias + shortcut), xhat = (x - batch mean) / sd(batch),
-    r = clip(sd(batch) / sd(state), 1/r_max, r_max), d = clip((batch mean - state.mean) / sd(state), -d_max, d_max),
-    sd = sqrt(var + epsilon)
+    out = activation((xhat * r + d) * scale + bias + shortcut),  xhat = (x - mean) / sd(var)
+    r = clip(sd(var) / sd(state.var), 1 / r_max, r_max),  d = clip((mean - state.mean) / sd(state.var), -d_max, d_max)
+    sd(var) = sqrt(var + epsilon)
 
-    The correction is a constant to every derivative. Within its bounds, the output in training is the one at inference
-    with the state before the update, so that it depends on no other example, while the gradient is still that of batch
-    norm. It is for batches of few examples. Unlike in `batch_norm`, the training output depends on the state: keep
-    a start far from the data out of it by bounds that open late, as the published ones do, or by an `unset` state.
+    Here mean and var are the batch statistics. r and d are constants under differentiation, so gradients flow through
+    the batch statistics as in batch norm. Where neither is clipped, the training output equals the inference output
+    with the state before the update, so it does not depend on the other examples. Use it for small batches.
+
+    Unlike in `batch_norm`, the training output depends on the state. If the initial values are far from the data, use
+    bounds that allow no correction at first, as the defaults do, or start from an `unset` state.
 
     Args:
         params: scale and bias of the feature shape; either may be None.
         state: running mean, variance and count of updates. Unset features are not corrected: r = 1, d = 0.
         x: float32, float64, bfloat16 or float16 array; the arithmetic is in float32 at least.
-        train: a Python bool; True normalizes by the batch and updates the state.
-        r_max: bound of r, at least 1, or a schedule from a feature's count of updates to it. The default is 1 for the
-            first 5,000 updates, then rises to 3 at 40,000; `jbn.renorm.r_max` makes others, for shorter runs.
-        d_max: bound of d, at least 0, or a schedule. The default is 0 for the first 5,000 updates, then rises to 5 at
-            25,000; `jbn.renorm.d_max` makes others. r_max=1 and d_max=0 are batch norm, inf is no bound.
-        momentum: share of the old value kept at an update, or a schedule from a feature's count of updates to it.
+        train: Python bool. True normalizes by batch statistics and updates the state.
+        r_max: bound of r, at least 1, or a schedule. The default stays at 1 for the first 5,000 updates, then rises to
+            3 at 40,000. For shorter runs, create a schedule with `jbn.renorm.r_max`.
+        d_max: bound of d, at least 0, or a schedule. The default stays at 0 for the first 5,000 updates, then rises to
+            5 at 25,000; see `jbn.renorm.d_max`. r_max=1 with d_max=0 is batch norm; inf means no bound.
+        momentum: share of the old value kept at an update, or a schedule: a function from a feature's count of
+            updates, an int32 scalar, to that share.
         epsilon: added to the variance.
-        feature_axis: the axis, or axes, that have statistics of their own; all others are reduced.
-        mask: boolean, True counts; the shape of x without its feature axes, or of the rank of x; any axis may be 1.
-        axis_name: mapped axis or axes to share statistics over: pmap, vmap, shard_map.
-        axis_index_groups: places on that axis that share among themselves only, as in [[0, 1], [2, 3]].
-        ghost_batch_size: normalize groups of this many examples, contiguous along the first axis, on their own, each
-            corrected towards the same state.
+        feature_axis: the axis or axes that have statistics of their own; all others are reduced.
+        mask: boolean array, True for valid values. It has the shape of x without its feature axes, or the rank of x;
+            any axis may have size 1.
+        axis_name: mapped axis or axes (of pmap, vmap or shard_map) to share statistics over.
+        axis_index_groups: groups of indices on that axis that share statistics, such as [[0, 1], [2, 3]].
+        ghost_batch_size: normalize groups of this many examples, contiguous along the first axis, on their own. All
+            groups are corrected towards the same state.
         running_var: which variance the running average takes: "biased", "unbiased" or "total" (see `update`).
-        activation: shape-preserving elementwise function, applied in float32 before the cast to `dtype`.
-        shortcut: float array of the shape of x, added before the activation, as where a residual block joins.
-        dtype: dtype of the result; None is that of x.
+        activation: elementwise function that keeps the shape, applied in float32 before the cast to `dtype`.
+        shortcut: float array of the shape of x, added before the activation, as in a residual block.
+        dtype: dtype of the result; None means the dtype of x.
 
     Returns:
-        The result, of the shape of x, and the new state, not differentiated.
+        The result, of the shape of x, and the new state, which is not differentiated.
 
     Raises:
         NameError: no transformation binds `axis_name`.
-        TypeError: a wrong kind or dtype of argument, or a traced `train`.
-        ValueError: shapes or values that do not fit; the message says how to mend it.
+        TypeError: an argument has the wrong type or dtype, or `train` is traced.
+        ValueError: a shape or value does not fit; the message says how to fix it.
 
     Example:
         >>> import jax.numpy as jnp
@@ -112,7 +116,7 @@ def batch_renorm(
     if not train:
         return normalize_by_state(rule, params, state, inputs), state
     rule = training_rule(rule, inputs.x, axis_name, axis_index_groups, ghost_batch_size)._replace(average=average)
-    # Bounds that are known to allow no correction are batch norm: the same program, and so the same bits.
+    # Bounds that are known to allow no correction give batch norm: the same program, so the results are bit-equal.
     traced = isinstance(r_number, Tracer) or isinstance(d_number, Tracer)
     if traced or (r_number, d_number) != (1, 0):
         rule = rule._replace(correction=Correction(r_schedule, d_schedule))
@@ -121,19 +125,20 @@ def batch_renorm(
 
 @dataclasses.dataclass(frozen=True)
 class Correction:
-    """Scale and bias that correct a batch towards the state, with the schedules of the bounds; None for a number.
+    """The correction of a batch towards the state, applied to scale and bias.
 
-    (xhat * r + d) * scale + bias = xhat * (r * scale) + (d * scale + bias),
-    r = clip(sd(batch) / sd(state), 1/r_max, r_max),  d = clip((mean(batch) - mean(state)) / sd(state), -d_max, d_max)
+    (xhat * r + d) * scale + bias = xhat * (r * scale) + (d * scale + bias)
+
+    The fields are the schedules of the bounds; None where a bound is a number.
     """
 
     r_max: Schedule | None
     d_max: Schedule | None
 
     def __call__(self, epsilon: float, batch: ShiftedMoments, target: tuple[State, Numbers], affine: Affine) -> Affine:
-        """The scale and bias, or their tangents, that act on xhat as the given ones do on xhat * r + d."""
+        """(r * scale, d * scale + bias), for scale and bias or for their tangents; r and d as in `batch_renorm`."""
         batch, (state, numbers) = lax.stop_gradient((batch, target))
-        unset = state.var == -jnp.inf  # not corrected: r = 1, d = 0
+        unset = state.var == -jnp.inf  # Unset features are not corrected: r = 1, d = 0.
         running = jnp.where(unset, jnp.ones_like(state.var), state.var) + epsilon
         r = jnp.sqrt((batch.var + epsilon) / running)
         distance = batch.shift - state.mean

@@ -1,4 +1,4 @@
-"""What `jax.checkpoint` keeps of layers with norms: what is expensive to compute, and the statistics of the batch."""
+"""A policy that tells `jax.checkpoint` what to store of layers with norms."""
 
 from typing import Any
 
@@ -10,21 +10,22 @@ _by_name = jax.checkpoint_policies.save_only_these_names(CHECKPOINT_NAME)
 
 
 def checkpoint_policy(primitive: Any, *arguments: Any, **parameters: Any) -> bool:
-    """A policy for `jax.checkpoint`: keep the convolutions, the products of matrices and the statistics of batches.
+    """Policy for `jax.checkpoint` that stores results of convolutions and matrix products, and batch statistics.
 
-    kept for the backward pass: y = conv(x), mean(y), var(y); computed again: relu((y - mean) * rstd * scale + bias)
+    y = conv(x),  out = relu((y - mean(y)) / sqrt(var(y) + epsilon) * scale + bias)
 
-    A block of convolution, norm and activation keeps its convolution's output alone, where it otherwise keeps what the
-    next convolution reads as well. No convolution, no reduction and no collective of the forward pass runs twice.
-    What the checkpointed function is given is kept too, so it saves more around several blocks than around each.
+    For this block, the policy stores y, mean(y) and var(y), and the backward pass computes out again from them. Without
+    checkpointing, out is stored as well, because the next convolution reads it. No convolution, reduction or collective
+    of the forward pass runs twice. `jax.checkpoint` also stores the arguments of the function that it wraps, so
+    wrapping several blocks together saves more memory than wrapping each.
 
     Args:
-        primitive: what is asked about; it is `jax.checkpoint` that calls the policy.
-        *arguments: the types of its arguments.
-        **parameters: its parameters.
+        primitive: a JAX primitive; `jax.checkpoint` calls the policy for each one.
+        *arguments: the types of the primitive's arguments.
+        **parameters: the primitive's parameters.
 
     Returns:
-        Whether to keep the result.
+        Whether to store the result.
 
     Raises:
         Nothing.

@@ -1,4 +1,4 @@
-"""Workarounds for XLA, each beside its plain twin, which gives the same values: the algorithm reads without them."""
+"""Workarounds for XLA, each beside a plain form that gives the same values. The algorithm can be read without them."""
 
 import contextlib
 import functools
@@ -16,7 +16,7 @@ _chosen: list[str] = []
 
 @contextlib.contextmanager
 def forms(platform: str) -> Iterator[None]:
-    """For tests: the forms of this platform everywhere ("cuda", "tpu", "cpu"), or the plain twins alone ("plain")."""
+    """For tests: use the forms of this platform everywhere ("cuda", "tpu", "cpu"), or only plain forms ("plain")."""
     jax.clear_caches()
     _chosen.append(platform)
     try:
@@ -27,10 +27,10 @@ def forms(platform: str) -> Iterator[None]:
 
 
 def by_platform(plain: Callable[..., Any], *operands: Any, **by_name: Callable[..., Any]) -> Any:
-    """plain(*operands), or on a platform for which a form is given by its name, what that form gives.
+    """form(*operands), where form is the keyword argument named after the platform, or `plain` if there is none.
 
-    To JAX, this is one function with a derivative of its own. JAX would else look for known values in each form
-    whenever a norm is differentiated, a tenth of the time to trace a step of a ResNet-50.
+    The custom_jvp makes this one opaque function to JAX. Otherwise JAX would look for known values in each form
+    whenever a norm is differentiated, which takes a tenth of the time to trace a step of a ResNet-50.
     """
     choose = functools.partial(_chosen_form, plain, by_name)
     opaque = jax.custom_jvp(lambda *operands: choose(*operands))
@@ -45,7 +45,7 @@ def _chosen_form(plain: Callable[..., Any], by_name: dict[str, Callable[..., Any
 
 
 def behind_barrier(values: Any, only_on: str | None = None) -> Any:
-    """The values, which XLA cannot merge with other uses of them, on one platform or on all; plain: the values."""
+    """The values behind an optimization barrier, on one platform or on all, so that XLA does not merge their uses."""
     if only_on is None:
         return values if _chosen[-1:] == ["plain"] else lax.optimization_barrier(values)
     return by_platform(lambda values: values, values, **{only_on: lax.optimization_barrier})
@@ -54,22 +54,24 @@ def behind_barrier(values: Any, only_on: str | None = None) -> Any:
 def added(line: jax.Array, constant: jax.Array, dtype: Any) -> jax.Array:
     """line + constant, cast to a half-precision dtype.
 
-    In the transpose, the sum of the cotangent over the constant reads it behind a barrier of its own on a GPU, in its
-    own dtype. XLA then fuses the other sum with the activation that follows the norm. Compiled for an H200, a step of a
-    ResNet-50 moves 0.994 of the bytes of Flax's, 1.014 without; with silu, a small network takes 0.991 of the time of
-    Flax's on an H100, 1.004 without. Forward mode pays for it there: both terms are rounded.
+    The transpose sums the cotangent twice, and one of the sums belongs to `constant`. On a GPU, that sum reads the
+    cotangent in `dtype`, behind an optimization barrier. XLA then fuses the other sum with the activation that follows
+    the norm. Compiled for an H200, a step of a ResNet-50 moves 0.994 of the bytes of Flax's, and 1.014 without the
+    barrier. With silu, a small network takes 0.991 of the time of Flax's on an H100, and 1.004 without. In forward
+    mode on a GPU, both terms are rounded to `dtype` before they are added.
     """
     on_gpu = {"cuda": lambda line, constant: line.astype(dtype) + lax.optimization_barrier(constant.astype(dtype))}
     return _chosen_form(lambda line, constant: (line + constant).astype(dtype), on_gpu, line, constant)
 
 
 def computed_once(center: jax.Array) -> jax.Array:
-    """A center with one bit less, which serves as well, and which all uses have the same; plain: the center.
+    """The center with one bit less, so that it has the same value in all its uses; plain: the center unchanged.
 
-    XLA may compute a center again in each of its uses: on a CPU the quotient, rounded in one and not in another, where
-    it fuses it with a subtraction; on a GPU a sum of few values too, in another order. An offset from one center then
-    belongs to another: the variance is off by 4e-4 at mean/sd 1e6 on a CPU, by 8e-4 at 1e5 on an H100. No bit that
-    reduce_precision leaves is rounded again; on a GPU, the barrier keeps the sum in one kernel.
+    XLA may compute a center again in each use. On a CPU it may fuse the quotient with a subtraction in one use only,
+    where it is then not rounded. On a GPU it may also sum a few values again, in another order. An offset is then
+    combined with a center that it was not computed from: the variance is off by 4e-4 at mean/sd 1e6 on a CPU, and by
+    8e-4 at mean/sd 1e5 on an H100. reduce_precision prevents the first, since no bit that it leaves is rounded again.
+    On a GPU, the barrier keeps the sum in one kernel. A center with one bit less is just as good: it need not be exact.
     """
     form = jnp.finfo(center.dtype)
     narrowed = functools.partial(lax.reduce_precision, exponent_bits=form.nexp, mantissa_bits=form.nmant - 1)

@@ -1,4 +1,4 @@
-"""Mean, variance and count of a batch, exact for any ratio of mean to spread, and their exact union."""
+"""Mean, variance and count of a batch, exact for any ratio of mean to spread, and the exact merge of several."""
 
 import functools
 import math
@@ -20,7 +20,7 @@ from jbn._core.sharing import every_part, indexed_automatically, sum_over
 from jbn._rule import Rule, Sharing, checked_rule, training_rule
 
 CHECKPOINT_NAME = "jbn_statistics"
-"""What `jax.checkpoint` policies know the statistics of a batch by."""
+"""The name that batch statistics have for policies of `jax.checkpoint`."""
 
 
 class Moments(NamedTuple):
@@ -29,7 +29,7 @@ class Moments(NamedTuple):
     Attributes:
         mean: float array of the feature shape.
         var: float array of the feature shape: the mean squared deviation, divided by `count`.
-        count: float array of the feature shape, the number of values behind each feature.
+        count: float array of the feature shape: the number of valid values of each feature.
 
     Example:
         >>> import jax.numpy as jnp
@@ -44,14 +44,17 @@ class Moments(NamedTuple):
 
 
 class ShiftedMoments(NamedTuple):
-    """Moments whose mean is shift + offset, a pair that is never added up before x - mean is formed.
+    """Moments whose mean is the pair shift + offset; x - mean is computed as (x - shift) - offset.
 
-    One float32 mean is off by up to half a unit in its last place, 0.004 standard deviations (sd) where it is 1e5 of
-    them; (x - shift) - offset is not. In bfloat16 shift is the mean, and offset None: values that differ, do so by 2^-8
-    of their size at least, so that one of N values apart makes an sd of 2^-8 / sqrt(N) of it, and one float32 mean is
-    off by 2^-17 sqrt(N) sd at most; XLA fuses more with one vector. All have the shape of x without the
-    reduced axes, but count is a scalar without a mask and without sharing. (With the rank of x, and size 1 on these
-    axes, automatic sharding would split the vectors as x, and send each of them at each use.)
+    A single float32 mean is off by up to half a unit in its last place. Where the mean is 1e5 standard deviations (sd),
+    this is 0.004 sd. The pair avoids that error.
+
+    For bfloat16 x, shift is the mean and offset is None, because XLA fuses more with one vector. Different bfloat16
+    values differ by at least 2**-8 of their size. If even one of N values differs from the others, the sd is at least
+    2**-8 / sqrt(N) of that size, so a single float32 mean is off by at most 2**-17 * sqrt(N) sd.
+
+    The arrays have the shape of x without the reduced axes: if they kept these axes with size 1, automatic sharding
+    would split them like x, and send each of them at each use. Without a mask and without sharing, count is a scalar.
     """
 
     shift: jax.Array
@@ -70,21 +73,24 @@ def moments(
 ) -> Moments:
     """Mean, biased variance and count of a batch, per feature.
 
-    mean = sum(x) / count,  var = sum((x - mean)**2) / count, over the valid values of all reduced axes.
+    mean = sum(x) / count,  var = sum((x - mean)**2) / count
+
+    The sums run over the valid values of all reduced axes.
 
     Args:
         x: float32, float64, bfloat16 or float16 array; statistics are computed in float32 at least.
-        feature_axis: the axis, or axes, that have statistics of their own; all others are reduced.
-        mask: boolean, True counts; the shape of x without its feature axes, or of the rank of x; any axis may be 1.
-        axis_name: mapped axis or axes to share statistics over.
-        axis_index_groups: places on the axis that share among themselves only, as in [[0, 1], [2, 3]].
+        feature_axis: the axis or axes that have statistics of their own; all others are reduced.
+        mask: boolean array, True for valid values. It has the shape of x without its feature axes, or the rank of x;
+            any axis may have size 1.
+        axis_name: mapped axis or axes (of pmap, vmap or shard_map) to share statistics over.
+        axis_index_groups: groups of indices on that axis that share statistics, such as [[0, 1], [2, 3]].
 
     Returns:
-        Moments of the feature shape, differentiable in x. Nothing valid gives mean 0, variance 0, count 0.
+        Moments of the feature shape, differentiable in x. Without valid values, mean, variance and count are 0.
 
     Raises:
         NameError: no transformation binds `axis_name`.
-        TypeError: x is no float array, or the mask is not boolean.
+        TypeError: x is not a float array, or the mask is not boolean.
         ValueError: an axis or the mask does not fit x.
 
     Example:
@@ -95,8 +101,8 @@ def moments(
         [2.] [1.] [2.]
 
     Source:
-        Ioffe and Szegedy, Batch Normalization, 2015, algorithm 1. The one-pass form with a shift: Chan, Golub and
-        LeVeque, Algorithms for Computing the Sample Variance, 1983.
+        Ioffe and Szegedy, Batch Normalization, 2015, algorithm 1. The one-pass form with a shift is from Chan, Golub
+        and LeVeque, Algorithms for Computing the Sample Variance, 1983.
     """
     x = _arguments.checked_input(x)
     rule = checked_rule(x, feature_axis=feature_axis)
@@ -105,19 +111,22 @@ def moments(
 
 
 def merge(*moments: Moments) -> Moments:
-    """The moments of the union of batches, from the moments of each.
+    """Merge the moments of several batches into the moments of their union.
 
-    n = na + nb,  mean = ma + d*nb/n,  var = (na*va + nb*vb + d**2 * na*nb/n) / n,  d = mb - ma, for any number of them.
+    n = na + nb,  d = mb - ma
+    mean = ma + d * nb / n,  var = (na * va + nb * vb + d**2 * na * nb / n) / n
+
+    These are the equations for two batches a and b; `merge` takes any number of batches.
 
     Args:
-        *moments: Moments of one feature shape; a feature with count 0 changes nothing, whatever it holds.
+        *moments: Moments of one feature shape. A feature with count 0 has no effect, even if it holds NaN.
 
     Returns:
         Moments of the union, of the same shape.
 
     Raises:
-        TypeError: something that is no Moments.
-        ValueError: no moments, or moments of different shapes.
+        TypeError: an argument is not a Moments.
+        ValueError: there are no moments, or their shapes differ.
 
     Example:
         >>> import jax.numpy as jnp
@@ -146,7 +155,7 @@ def merge(*moments: Moments) -> Moments:
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _moments(rule: Rule, x: jax.Array, mask: jax.Array | None) -> Moments:
-    """The moments of the feature shape; their derivative stores only the input."""
+    """Moments of the feature shape; the backward pass stores only the input."""
     if 0 in x.shape:
         dtype, features = wide(x).dtype, rule.axes.features(x.shape)
         return Moments(jnp.zeros(features, dtype), *(jnp.zeros(features, real_dtype(dtype)) for _ in range(2)))
@@ -156,10 +165,10 @@ def _moments(rule: Rule, x: jax.Array, mask: jax.Array | None) -> Moments:
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def batch_moments(rule: Rule, x: jax.Array, mask: jax.Array | None) -> ShiftedMoments:
-    """The moments of x over its reduced axes and over all who share."""
+    """The moments of x over its reduced axes and over all places that share statistics."""
     if mask is None:
         size = math.prod(x.shape[axis] for axis in rule.reduced)
-        # A NumPy scalar is a constant to XLA; a symbolic size is known when the program runs.
+        # A NumPy scalar becomes a constant of the program. A symbolic size is known only when the program runs.
         count = (np if isinstance(size, int) else jnp).asarray(size, real_dtype(wide(x).dtype))
         a_row = functools.partial(near_the_data, reduced=rule.reduced)
         batch = for_xla.by_platform(
@@ -178,34 +187,35 @@ def batch_moments(rule: Rule, x: jax.Array, mask: jax.Array | None) -> ShiftedMo
 
 
 def _about(reduced: tuple[int, ...], count: Any, shift: jax.Array, x: jax.Array, mask: Any = None) -> list[jax.Array]:
-    """The shift, the offset of the mean from it, and the biased variance, whose error grows with offset**2 / var.
+    """[shift, offset, var]; the relative error of the biased variance grows with |offset|**2 / var.
 
     z = x - shift,  offset = mean(z),  var = mean(|z|**2) - |offset|**2
     """
-    shift = lax.stop_gradient(shift)  # the moments do not depend on it
+    shift = lax.stop_gradient(shift)  # mean and variance do not depend on the shift
     z = zero_masked(wide(x) - lax.expand_dims(shift, reduced), mask)
     offset, mean_square = (jnp.sum(v, reduced) / cast(count, v.dtype) for v in (z, inner(z, z)))
     return [shift, offset, jnp.maximum(mean_square - inner(offset, offset), 0)]
 
 
 def _about_zero_first(reduced: tuple[int, ...], count: Any, x: jax.Array) -> list[jax.Array]:
-    """Moments about 0; if that lost digits in a feature, all of them again, about the means that it gave.
+    """Moments from sums about 0 or, if these lose digits in any feature, from sums about the means that they gave.
 
-    For TPUs, where sums about 0 fuse with the convolution that makes x: a step of a ResNet-50 moves 0.99 of the bytes
-    of Flax's in bfloat16, 1.055 about a row. A layer with a feature far from 0 has a second pass, and every layer under
-    vmap. On a GPU the host would wait for the answer (1.083 of the time of Flax's step).
+    This form is for TPUs, where sums about 0 fuse with the convolution that computes x. A step of a ResNet-50 in
+    bfloat16 moves 0.99 of the bytes of Flax's, and 1.055 with sums about a row of x. A layer with a feature far from 0
+    takes a second pass over x. Under vmap, every layer does. On a GPU, the host would wait for the result of the test,
+    and the step would take 1.083 of the time of Flax's.
     """
     zero = jnp.zeros_like(jnp.sum(wide(x), reduced))  # split over devices as the sums are
     first = _about(reduced, count, zero, x)
     _, mean, var = first
-    # The variance's error is at most about 9 units of rounding while mean**2 <= 8 var; written so that NaN is lost too.
+    # While mean**2 <= 8 * var, the variance is off by at most about 9 units of rounding. ~(a <= b) also catches NaN.
     lost = jnp.any(~(inner(mean, mean) <= 8 * var) | ~lax.is_finite(var))
     again = functools.partial(_about, reduced, count)
     return lax.cond(lost, lambda x, first: again(for_xla.computed_once(first[1]), x), lambda x, first: first, x, first)
 
 
 def _of_valid(reduced: tuple[int, ...], x: jax.Array, mask: jax.Array) -> ShiftedMoments:
-    """Moments of the values that the mask marks, in two passes: their mean, and the moments about it."""
+    """Moments of the valid values, in two passes: first their mean, then the moments about it."""
     repeats = math.prod(x.shape[axis] for axis in reduced if mask.shape[axis] == 1)
     count = jnp.sum(mask, reduced, dtype=jnp.int32).astype(real_dtype(wide(x).dtype)) * repeats
     divisor = jnp.maximum(count, 1)
@@ -214,56 +224,61 @@ def _of_valid(reduced: tuple[int, ...], x: jax.Array, mask: jax.Array) -> Shifte
 
 
 def near_the_data(x: jax.Array, reduced: tuple[int, ...]) -> jax.Array:
-    """A value near the data for each feature: the median of three rows, of a value for each feature.
+    """A value near the data for each feature: the elementwise median of three rows of x.
 
-    A single value may be sqrt(N) standard deviations from the mean of N values, where the variance's error is about
-    u * (1 + N). The median is that far only if two of its three values are, on one side: u * (1 + N / 2) at most. The
-    rows are places of the first example, or where it has no axis of three places, examples at quarters of the batch.
+    A row holds one value of each feature. A single value may be sqrt(N) standard deviations from the mean of N values.
+    As a shift, it gives the variance a relative error of about u * (1 + N), where u is the unit of rounding. The median
+    is far from the mean only if two of the three values are, on the same side, so the error is at most
+    u * (1 + N / 2). The rows are positions in the first example. If no axis of an example has size 3 or more, they are
+    examples at the quarters of the batch.
     """
     if not reduced:
         return wide(x)
     inner = [axis for axis in reduced[1:] if isinstance(x.shape[axis], int) and x.shape[axis] >= 3]
     along = (inner or reduced)[0]
     size = x.shape[along]
-    # The other axes first: where `along` is split over devices, little is left to send.
+    # The other axes are sliced first, so that little has to be sent where `along` is split over devices.
     for axis in reduced:
         x = x if axis == along else lax.slice_in_dim(x, 0, 1, axis=axis)
     if isinstance(size, int):
         rows = [lax.slice_in_dim(x, at, at + 1, axis=along) for at in (size // 4, size // 2, 3 * size // 4)]
-    else:  # a symbolic size: dynamic slices beyond the end give the last row
+    else:  # The size is symbolic, and a dynamic slice beyond the end gives the last row.
         rows = [lax.dynamic_slice_in_dim(x, at, 1, axis=along) for at in range(3)]
     median = by_parts(lambda a, b, c: lax.max(lax.min(a, b), lax.min(lax.max(a, b), c)), *map(wide, rows))
     return lax.squeeze(median, reduced)
 
 
 def merge_shared(sharing: Sharing, local: ShiftedMoments) -> ShiftedMoments:
-    """The moments of all who share, the same to each of them."""
+    """Merge the moments of all places that share statistics; each place gets the same result."""
     local = local._replace(count=jnp.reshape(local.count, local.count.shape or (1,) * local.var.ndim))
     parts = every_part(sharing, jax.tree.leaves(local))
     return _merged(local, functools.partial(sum_over, sharing)) if parts is None else merge_stacked(parts)
 
 
 def merge_stacked(parts: Sequence[Any]) -> ShiftedMoments:
-    """The moments of the union of parts that are stacked along a first axis."""
+    """Merge the moments of parts that are stacked along a new first axis."""
     parts = ShiftedMoments(*parts)
     count = jnp.zeros_like(parts.var) + parts.count
     total = jnp.sum(count, axis=0, keepdims=True)
-    # By shares of the count, with which nothing overflows.
+    # Counts are divided by their total, so that no product with them overflows.
     parts = parts._replace(count=count / jnp.where(total > 0, total, jnp.ones_like(total)))
     whole = _merged(parts, lambda arrays: [jnp.sum(array, axis=0, keepdims=True) for array in arrays])
     return jax.tree.map(lambda value: value[0], whole._replace(count=total))
 
 
 def _merged(part: ShiftedMoments, add: Callable[[Sequence[jax.Array]], Sequence[jax.Array]]) -> ShiftedMoments:
-    """The moments of the union of parts, where `add` sums over the parts.
+    """Merge the moments of parts, where `add` sums over the parts.
 
-    n = sum(n_i),  center = sum(n_i * mean_i) / n,  d_i = mean_i - center,
-    mean = center + sum(n_i * d_i) / n,  var = sum(n_i * (var_i + |d_i|**2)) / n - |sum(n_i * d_i) / n|**2
+    n = sum(n_i),  center = sum(n_i * mean_i) / n,  d_i = mean_i - center
+    offset = sum(n_i * d_i) / n,  mean = center + offset,  var = sum(n_i * (var_i + |d_i|**2)) / n - |offset|**2
+
+    In exact arithmetic the offset is 0. It makes up for the rounding of the center.
     """
     weight = cast(part.count, part.shift.dtype)
     count, total = add((part.count, weight * mean_of(part)))
     divisor = jnp.where(count > 0, count, jnp.ones_like(count))
-    center = for_xla.computed_once(lax.stop_gradient(total / cast(divisor, total.dtype)))  # any gives the same moments
+    # Any center gives the same moments, so it needs no derivative.
+    center = for_xla.computed_once(lax.stop_gradient(total / cast(divisor, total.dtype)))
     distance = part.shift - center if part.offset is None else (part.shift - center) + part.offset
     distance = jnp.where(part.count > 0, distance, jnp.zeros_like(distance))
     sums = add((weight * distance, part.count * (part.var + inner(distance, distance))))
@@ -272,23 +287,23 @@ def _merged(part: ShiftedMoments, add: Callable[[Sequence[jax.Array]], Sequence[
 
 
 def by_feature(batch: ShiftedMoments) -> Moments:
-    """Moments with their mean in one number, and a count for each feature."""
+    """Moments with the mean as one array, and with a count for each feature."""
     return Moments(mean_of(batch), batch.var, jnp.broadcast_to(batch.count, batch.var.shape))
 
 
 def mean_of(batch: ShiftedMoments) -> jax.Array:
-    """The mean in one number."""
+    """The mean as one array."""
     return batch.shift if batch.offset is None else batch.shift + batch.offset
 
 
 def centered(reduced: tuple[int, ...], x: jax.Array, mask: jax.Array | None, batch: ShiftedMoments) -> jax.Array:
-    """(x - shift) - offset, in that order: the difference from the shift is nearly exact, the mean itself is not.
+    """(x - shift) - offset, in that order, because x - shift is nearly exact and shift + offset is not.
 
-    In masked places of x stands the shift, at which no activation overflows, whatever x holds.
+    Masked values of x are replaced by the shift, so that no activation overflows, whatever x holds there.
     """
     shift = lax.expand_dims(batch.shift, reduced)
     if mask is not None:
-        # What is converted is masked first, since debug_nans looks at each conversion.
+        # Values are masked before the conversion, because debug_nans checks the result of each conversion.
         x = jnp.where(mask, x if x.dtype == shift.dtype else wide(zero_masked(x, mask)), shift)
     x = wide(x)
     return x - shift if batch.offset is None else (x - shift) - lax.expand_dims(batch.offset, reduced)
@@ -300,5 +315,5 @@ def wide(x: jax.Array) -> jax.Array:
 
 
 def zero_masked(x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """x with 0 in masked places."""
+    """x with masked values replaced by 0."""
     return x if mask is None else jnp.where(mask, x, jnp.zeros((), x.dtype))

@@ -1,5 +1,7 @@
-"""What devices share: sums over mapped axes, those of pmap, shard_map and vmap, over all of an axis or in groups of it;
-and how explicit sharding splits vectors."""
+"""Sums over mapped axes (of pmap, shard_map or vmap), and the splitting of vectors under explicit sharding.
+
+A place is an index on the mapped axis: a device under pmap and shard_map, an element under vmap.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,25 +16,25 @@ from jbn._complex import cast
 from jbn._rule import Sharing
 
 FEW = 16
-"""Up to so many parts are sent whole, by one collective: a second one costs a device more than their bytes."""
+"""Up to this many parts are sent by one collective; a second collective costs a device more than their bytes."""
 
 
 def sum_over(sharing: Sharing, arrays: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-    """Sums of arrays over those who share, by one collective."""
+    """Sum arrays over the places that share statistics, by one collective."""
     name, groups = sharing
     group_of, _, by_groups = _places(sharing)
     if groups is None or by_groups:
         return _in_one_row(arrays, lambda row: lax.psum(row, name, axis_index_groups=groups))
-    # A slot for each group: each place writes to that of its group, and reads it.
+    # Each group has a slot, which its places write to and read from.
     own = jnp.arange(len(groups)) == jnp.asarray(group_of)[lax.axis_index(name)]
     return _in_one_row(arrays, lambda row: jnp.sum(_where(own, lax.psum(_where(own, row[None]), name)), axis=0))
 
 
 def every_part(sharing: Sharing, arrays: Sequence[jax.Array]) -> tuple[jax.Array, ...] | None:
-    """The arrays of each of those who share, stacked along a new first axis, by one collective; None if they are many.
+    """Stack the arrays of all places that share along a new first axis, by one collective; None if there are many.
 
-    Each place writes to a slot of its own; the parts of those who do not share are 0. So many places cost as many rows,
-    and beyond FEW two sums (see `moments.merge_shared`) send less.
+    Each place writes to its own slot, and the parts of places outside the group are 0. n places therefore send n rows.
+    Beyond FEW, two sums (see `moments.merge_shared`) send less.
     """
     name, groups = sharing
     group_of, seat_of, by_groups = _places(sharing)
@@ -50,10 +52,10 @@ def every_part(sharing: Sharing, arrays: Sequence[jax.Array]) -> tuple[jax.Array
 
 
 def _places(sharing: Sharing) -> tuple[np.ndarray, np.ndarray, bool]:
-    """For each place on the axis its group and its position in it; and whether lax.psum takes these groups here.
+    """The group of each place, the position of each place in its group, and whether lax.psum takes these groups here.
 
-    It does so under pmap and shard_map, for groups of equal size (TPUs take no others), but not where shard_map tracks
-    which values vary (check_vma), as the type of the place tells.
+    lax.psum takes groups under pmap and shard_map, if they have equal sizes (TPUs take no others). It takes none where
+    shard_map tracks which values vary (check_vma). The type of lax.axis_index shows whether it does.
     """
     name, groups = sharing
     size = lax.axis_size(name)
@@ -68,12 +70,12 @@ def _places(sharing: Sharing) -> tuple[np.ndarray, np.ndarray, bool]:
 
 
 def _where(chosen: jax.Array, rows: jax.Array) -> jax.Array:
-    """The rows that are chosen, and 0 in place of the others, whatever they hold."""
+    """The chosen rows, with 0 in place of the others, whatever those hold."""
     return jnp.where(chosen[:, None], rows, jnp.zeros((), rows.dtype))
 
 
 def _in_one_row(arrays: Sequence[jax.Array], collective: Callable[[jax.Array], jax.Array]) -> tuple[jax.Array, ...]:
-    """What a collective makes of arrays that are sent as one row: a row, or rows, cut into arrays of their shapes."""
+    """Send arrays through a collective as one row; cut the row or rows that it returns into arrays of their shapes."""
     dtype = max((array.dtype for array in arrays), key=lambda dtype: dtype.itemsize)
     rows = collective(jnp.concatenate([jnp.ravel(cast(array, dtype)) for array in arrays]))
     cut = jnp.split(rows, np.cumsum([array.size for array in arrays])[:-1], axis=-1)
@@ -83,7 +85,10 @@ def _in_one_row(arrays: Sequence[jax.Array], collective: Callable[[jax.Array], j
 
 
 def indexed_automatically(function: Callable[[jax.Array], Any], x: jax.Array, reduced: tuple[int, ...]) -> jax.Array:
-    """function(x), of the shape of x without the reduced axes; explicit sharding cannot slice a split axis."""
+    """function(x) under automatic sharding, because explicit sharding cannot slice a split axis.
+
+    The result has the shape of x without the reduced axes.
+    """
     sharding = jax.typeof(x).sharding
     if not any(sharding.spec):
         return function(x)
@@ -94,9 +99,9 @@ def indexed_automatically(function: Callable[[jax.Array], Any], x: jax.Array, re
 
 
 def split_as(vector: jax.Array, like: jax.Array, axes: Sequence[int]) -> jax.Array:
-    """The vector, split over devices as these axes of another array are; only explicit sharding ever has it otherwise.
+    """The vector, split over devices like these axes of another array; unchanged without explicit sharding.
 
-    The gradient of the vector is split as the vector was.
+    The gradient is split like the given vector.
     """
     there, here = jax.typeof(like).sharding, jax.typeof(vector).sharding
     spec = PartitionSpec(*(there.spec[axis] for axis in axes))

@@ -1,22 +1,23 @@
-"""Standardize a batch by its own moments, with a derivative that holds in every mode and stores little more than x.
+"""Standardize a batch by its own moments, with a derivative for every mode of JAX that stores little more than x.
 
-    out = activation(xc * a + bias + shortcut),  xc = x - mean,  a = scale * rstd,  rstd = 1 / sqrt(var + epsilon)
+    out = activation(xc * a + bias + shortcut)
+    xc = x - mean,  a = scale * rstd,  rstd = 1 / sqrt(var + epsilon)
 
-With t the tangent of x, mean(v) the average of v over the batch and all who share it, and mean(xc) = 0,
+Let t be the tangent of x, and mean(v) the average of v over the batch and all places that share it. As mean(xc) = 0,
 
-    mean_t = mean(t),  var_t = 2 * mean(xc * t),  rstd_t = -rstd**3 * mean(xc * t),  xc_t = t - mean(t),
+    mean_t = mean(t),  var_t = 2 * mean(xc * t),  rstd_t = -rstd**3 * mean(xc * t),  xc_t = t - mean(t)
 
-so that the tangent of xc * a + bias has three terms,
+The tangent of xc * a + bias therefore has three terms:
 
-    a * t + xc * along + constant,
-    along = (scale_t - a * rstd * mean(xc * t)) * rstd,  constant = bias_t - a * mean(t).
+    line_t = a * t + xc * along + constant
+    along = (scale_t - a * rstd * mean(xc * t)) * rstd,  constant = bias_t - a * mean(t)
 
-In complex arithmetic, xc * t inside of a mean stands for the real part of conj(xc) * t, and the variance is real.
+In complex arithmetic, xc * t inside a mean stands for the real part of conj(xc) * t, and the variance is real.
 
-The means are factored out of the elementwise line, so that its transpose, the backward pass, has two reductions: with g
-the cotangent, after the slope of the activation, and xhat = xc * rstd,
+The vectors `along` and `constant` hold both means, so the transpose of line_t, the backward pass, has two reductions.
+Let g be the cotangent of xc * a + bias, and xhat = xc * rstd. Then
 
-    dx = a * (g - mean(g) - xhat * mean(g * xhat)),  dscale = sum(g * xhat),  dbias = sum(g).
+    dx = a * (g - mean(g) - xhat * mean(g * xhat)),  dscale = sum(g * xhat),  dbias = sum(g)
 """
 
 import functools
@@ -35,7 +36,7 @@ from jbn._rule import Rule
 
 
 class Inputs(NamedTuple):
-    """What is normalized: x, which of its values count, and what is added before the activation."""
+    """What is normalized: x, the mask of its valid values, and the shortcut that is added before the activation."""
 
     x: Any
     mask: Any
@@ -50,7 +51,7 @@ class Affine(NamedTuple):
 
 
 class Residuals(NamedTuple):
-    """What the backward pass is computed from; without an activation, or with a result, it needs no shortcut."""
+    """What the backward pass needs; it does not read the shortcut without an activation, or if there is a `result`."""
 
     inputs: Inputs
     result: jax.Array | None
@@ -61,9 +62,9 @@ class Residuals(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _standardize(rule: Rule, inputs: Inputs, affine: Affine, target: Any) -> tuple[jax.Array, ShiftedMoments, Any]:
-    """activation((x - mean) * rstd * scale + bias + shortcut) by the batch's own moments, these moments, and rstd.
+    """Return activation((x - mean) * rstd * scale + bias + shortcut) by the batch's moments, the moments, and rstd.
 
-    `target` is what `rule.correction` of batch renormalization reads besides the batch: the state, and numbers.
+    `target` is the state and the numeric bounds, which `rule.correction` of batch renormalization reads.
     """
     batch = batch_moments(rule.of_moments, inputs.x, inputs.mask)
     rstd = cast(rstd_of(batch.var, rule.epsilon), affine.scale.dtype)
@@ -74,35 +75,35 @@ def _standardize(rule: Rule, inputs: Inputs, affine: Affine, target: Any) -> tup
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def standardize(rule: Rule, *arguments: Any) -> tuple[jax.Array, ShiftedMoments]:
-    """The result, and the moments, which carry no tangents, since only the running statistics read them."""
-    # JAX sets the mesh of the context, an empty one too, before it differentiates. With the same set here, the trace of
-    # the value serves the derivative: a step of a ResNet-50 is traced in 0.96 of the time of Flax's, 1.11 without.
+    """Return the result and the moments; the moments carry no tangents, since only the running statistics use them."""
+    # JAX sets the mesh of the context, even an empty one, before it differentiates. If it is set here too, JAX reuses
+    # the trace of the value for the derivative: tracing a step of a ResNet-50 takes 0.96 of Flax's time, else 1.11.
     with jax.sharding.use_abstract_mesh(jax.sharding.get_abstract_mesh()):
         return _standardize(rule, *arguments)[:2]
 
 
 def transform(rule: Rule, inputs: Inputs, batch: ShiftedMoments, rstd: jax.Array, affine: Affine) -> jax.Array:
-    """activation((x - mean) * rstd * scale + bias + shortcut) by the given moments; masked values come out as 0."""
+    """activation((x - mean) * rstd * scale + bias + shortcut) by the given moments; 0 for masked values."""
     x, mask, shortcut = inputs
     a, bias = (lax.expand_dims(vector, rule.reduced) for vector in (rstd * affine.scale, affine.bias))
     out = centered(rule.reduced, x, mask, batch) * a + bias
     if shortcut is not None:
         out = out + wide(zero_masked(shortcut, mask))
     if rule.activation is not None:
-        # Masked before it too: where its slope is infinite, the gradient would be 0 * inf.
+        # Masked before the activation too: where its slope is infinite, the gradient would be 0 * inf.
         out = rule.activation(zero_masked(out, mask))
     out = zero_masked(out, mask).astype(rule.dtype)
-    # On a GPU, XLA otherwise keeps a float32 copy of a join for the shortcut of the next block: 6.96 GiB of temporaries
-    # in a step of a ResNet-50 on an H200, 5.28 with the barrier.
+    # Without the barrier, XLA on a GPU stores a float32 copy of the result for the shortcut of the next block: 6.96 GiB
+    # of temporaries in a step of a ResNet-50 on an H200, and 5.28 with the barrier.
     return out if shortcut is None else for_xla.behind_barrier(out, "cuda")
 
 
 @functools.partial(standardize.defjvp, symbolic_zeros=True)
 def _standardize_jvp(rule: Rule, primals: Any, tangents: Any) -> Any:
     inputs, affine, target = primals
-    # Not by `standardize`, which would hide the names of the statistics from the policies of `jax.checkpoint`.
+    # `standardize` would hide the names of the statistics from policies of `jax.checkpoint`, so it is not called here.
     out, batch, rstd = _standardize(rule, inputs, affine, target)
-    # An x that is not differentiated, as data, has the tangent None and costs nothing; other tangents become arrays.
+    # If x is not differentiated (the data, for example), its tangent is None and costs nothing. Others become arrays.
     x_t = None if isinstance(tangents[0].x, SymbolicZero) else tangents[0].x
     others: list[Any] = [inputs.shortcut, *affine]
     shortcut_t, *affine_t = (
@@ -111,28 +112,28 @@ def _standardize_jvp(rule: Rule, primals: Any, tangents: Any) -> Any:
     )
     affine_t = Affine(*affine_t)
     if rule.correction is not None:
-        # Linear in scale and bias, so that it takes their tangents too.
+        # The correction is linear in scale and bias, so the same function maps their tangents.
         affine, affine_t = (rule.correction(rule.epsilon, batch, target, each) for each in (affine, affine_t))
-    # The slope of relu after a join is read off the result, which is stored anyway, as the input of the next layer.
+    # With a shortcut, the slope of relu is read from the result, which is stored anyway as the input of the next layer.
     of_result = inputs.shortcut is not None and rule.activation is jax.nn.relu and not is_complex(out)
     result = out if of_result else None
     inputs = inputs if result is None else inputs._replace(shortcut=None)
-    # checkpoint stores its arguments alone: x in its own dtype, and vectors. Without its barrier (prevent_cse), what it
-    # computes again fuses with the backward pass.
+    # jax.checkpoint stores only its arguments: x in its own dtype, and vectors. prevent_cse=False omits its barrier, so
+    # that XLA fuses the recomputation with the backward pass.
     linear = jax.checkpoint(functools.partial(_tangent, rule), prevent_cse=False)
     out_t = linear(Residuals(inputs, result, batch, rstd, affine), Inputs(x_t, None, shortcut_t), affine_t)
     return (out, batch), (out_t, jax.tree.map(lambda value: SymbolicZero(jax.typeof(value)), batch))
 
 
 def _tangent(rule: Rule, kept: Residuals, inputs_t: Inputs, affine_t: Affine) -> jax.Array:
-    """The tangent of the result, linear in those of x, shortcut, scale and bias."""
+    """The tangent of the result, a linear function of the tangents of x, shortcut, scale and bias."""
     x, mask, _ = kept.inputs
     spread = functools.partial(lax.expand_dims, dimensions=rule.reduced)
     xc, a = centered(rule.reduced, x, mask, kept.batch), kept.affine.scale * kept.rstd
     if inputs_t.x is None:
         of_x, mean_t, covariance = [], jnp.zeros_like(a), jnp.zeros_like(kept.batch.var)
     else:
-        # Masked for each use: in the transpose a sum comes last, which XLA computes once on a CPU, and not a select.
+        # Masked for each use, so that the transpose ends in a sum instead of a select: XLA on a CPU computes it once.
         wide_t = wide(inputs_t.x)
         t, again = (zero_masked(wide_t, mask) for _ in range(2))
         sums = [jnp.sum(array, rule.reduced) for array in (t, inner(xc, t))]
@@ -150,7 +151,7 @@ def _tangent(rule: Rule, kept: Residuals, inputs_t: Inputs, affine_t: Affine) ->
 
 
 def _plain_tangent(rule: Rule, result: Any, terms: list[jax.Array], shortcut_t: Any) -> jax.Array:
-    """The sum of the terms: without an activation, or with relu, whose slope is 1 where its result is positive."""
+    """The sum of the terms without an activation, or with relu, whose slope is 1 where the result is positive."""
     *others, constant = terms
     line = functools.reduce(jnp.add, others)
     if result is None and rule.dtype == jnp.bfloat16:
@@ -163,25 +164,25 @@ def _plain_tangent(rule: Rule, result: Any, terms: list[jax.Array], shortcut_t: 
 
 
 def _activated_tangent(rule: Rule, inputs: Inputs, line: Any, terms: list[jax.Array], shortcut_t: Any) -> jax.Array:
-    """The sum of the terms, each through the activation at xc * a + bias + shortcut."""
+    """The sum of the terms, each mapped by the derivative of the activation at xc * a + bias + shortcut."""
     xc, a, bias = line
     if shortcut_t is not None:
         terms = [functools.reduce(jnp.add, [*terms, wide(shortcut_t)])]
     tangents = []
     for number, term in enumerate(terms):
-        # XLA otherwise merges the slopes of the terms into one array in memory: of the time of Flax's step of a
-        # ResNet-50 on an H200 it takes 0.987 so, and 0.973 with the barrier.
+        # Without the barrier, XLA merges the slopes of the terms into one array in memory: a step of a ResNet-50 on an
+        # H200 then takes 0.987 of the time of Flax's, and 0.973 with the barrier.
         a, bias = for_xla.behind_barrier((a, bias)) if number else (a, bias)
         before = xc * lax.expand_dims(a, rule.reduced) + lax.expand_dims(bias, rule.reduced)
         if inputs.shortcut is not None:
             before = before + wide(zero_masked(inputs.shortcut, inputs.mask))
-        # As large as its primal, split over devices as it is, and varying over those that it varies over.
+        # A tangent must have the type of its primal: shape, sharding, and the axes over which it varies.
         term = term if jax.typeof(term) == jax.typeof(before) else jnp.zeros_like(before) + term
-        term = zero_masked(term, inputs.mask)  # an infinite slope in a masked place would give 0 * inf
+        term = zero_masked(term, inputs.mask)  # An infinite slope of a masked value would give 0 * inf.
         tangents.append(jax.jvp(rule.activation, (before,), (term,))[1])
     return functools.reduce(jnp.add, tangents).astype(rule.dtype)
 
 
 def rstd_of(var: jax.Array, epsilon: float) -> jax.Array:
-    """1 / sqrt(var + epsilon); NaN for an infinite variance, since 0 would make all of x alike without a warning."""
+    """1 / sqrt(var + epsilon); NaN for an infinite variance, where 0 would give a constant output without a warning."""
     return lax.select(var < jnp.inf, lax.rsqrt(var + epsilon), jnp.full_like(var, jnp.nan))

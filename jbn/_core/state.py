@@ -1,4 +1,4 @@
-"""What is learned and what is remembered: Params, State, their start, and the update of the running statistics."""
+"""Parameters and running statistics: Params, State, their initial values, and the update of the running statistics."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,11 +18,13 @@ from jbn.momentum import Schedule
 
 
 class Params(NamedTuple):
-    """What is learned: out = xhat * scale + bias.
+    """Learned parameters: scale and bias per feature.
+
+    out = xhat * scale + bias
 
     Attributes:
-        scale: float array of the feature shape, gamma in the equations; None is 1, not learned.
-        bias: float array of the feature shape, beta in the equations; None is 0, not learned.
+        scale: float array of the feature shape, gamma in the paper. None means 1, and is not learned.
+        bias: float array of the feature shape, beta in the paper. None means 0, and is not learned.
 
     Example:
         >>> import jax.numpy as jnp
@@ -36,13 +38,13 @@ class Params(NamedTuple):
 
 
 class State(NamedTuple):
-    """What is remembered: the running statistics, which inference depends on, and training by `batch_norm` does not.
+    """Running statistics: mean, variance and count of updates per feature.
 
     Attributes:
         mean: float32 or float64 array of the feature shape; complex64 or complex128 for complex x.
-        var: float32 or float64 array of the feature shape; -inf where it is not known yet (see `unset`).
-        count: float32 array of the feature shape, the updates that each feature has had; None where no schedule
-            reads it.
+        var: float32 or float64 array of the feature shape; -inf where unset (see `unset`).
+        count: float32 array of the feature shape: the number of updates of each feature. It may be None if no
+            schedule reads it.
 
     Example:
         >>> import jbn
@@ -57,18 +59,18 @@ class State(NamedTuple):
 
 
 def init(features: int | Sequence[int], dtype: Any = jnp.float32) -> tuple[Params, State]:
-    """Scale 1, bias 0, running mean 0, running variance 1, no update made.
+    """Create parameters and running statistics: scale 1, bias 0, running mean 0, running variance 1, count 0.
 
     Args:
-        features: the number of features, or their shape where several axes have statistics of their own.
-        dtype: float32 or float64, of all arrays but `count`, which is float32. complex64 or complex128, for complex x,
-            makes scale, bias and mean complex.
+        features: the number of features, or their shape if several axes have statistics of their own.
+        dtype: float32 or float64, the dtype of all arrays except `count`, which is float32. For complex x, give
+            complex64 or complex128, which makes scale, bias and mean complex.
 
     Returns:
-        Params and State; no two of their arrays share a buffer, so that both can be donated.
+        Params and State. No two of their arrays share a buffer, so both can be donated.
 
     Raises:
-        TypeError: features are no ints, or dtype is none of these.
+        TypeError: features are not ints, or dtype is none of these.
         ValueError: a size is negative.
 
     Example:
@@ -78,7 +80,7 @@ def init(features: int | Sequence[int], dtype: Any = jnp.float32) -> tuple[Param
         (64,) float32
 
     Source:
-        Ioffe and Szegedy, Batch Normalization, 2015; the start of Keras, Flax and PyTorch.
+        Ioffe and Szegedy, Batch Normalization, 2015; the initial values of Keras, Flax and PyTorch.
     """
     shape = _arguments.checked_features(features)
     dtype = _dtypes.checked_state_dtype("dtype", dtype)
@@ -89,30 +91,30 @@ def init(features: int | Sequence[int], dtype: Any = jnp.float32) -> tuple[Param
 
 
 def update(state: State, moments: Moments, *, momentum: float | Schedule = 0.99, running_var: str = "biased") -> State:
-    """Move the running statistics towards a batch's.
+    """Update the running statistics with the moments of a batch.
 
     new = momentum * old + (1 - momentum) * batch
 
-    Each feature moves on its own. One whose new statistics would not be finite, or that has no value in the batch,
-    keeps mean, variance and count; so does one with a single value under "unbiased". Unset statistics are replaced by
-    the batch's biased moments. A statistic that is not finite itself, other than an unset one, is a fault and stays. A
-    schedule that gives NaN moves nothing.
+    Each feature is updated on its own. It keeps its mean, variance and count if the batch has no value for it (under
+    "unbiased", fewer than two), or if the new statistics would not be finite. Unset statistics are replaced by the
+    batch's biased moments. Other statistics that are not finite are a fault and are never replaced. A schedule that
+    gives NaN updates nothing.
 
     Args:
-        state: the running statistics, of the feature shape.
-        moments: the batch's, of the same shape.
-        momentum: share of the old value kept, in [0, 1], or a schedule from one feature's count, an int32
-            scalar, to it.
-        running_var: the variance that is averaged: "biased" (Keras, Flax), "unbiased", times n / (n - 1) (PyTorch), or
-            "total", plus momentum * (1 - momentum) * (batch mean - old mean)**2, which tends to the variance of the
-            population with its part between batches.
+        state: running statistics of the feature shape.
+        moments: moments of the batch, of the same shape.
+        momentum: share of the old value kept, in [0, 1], or a schedule: a function from a feature's count of updates,
+            an int32 scalar, to that share.
+        running_var: the variance that is averaged: "biased" (Keras, Flax); "unbiased" (PyTorch), multiplied by
+            n / (n - 1); or "total", which adds momentum * (1 - momentum) * (batch mean - old mean)**2 to the average.
+            "total" tends to the population variance, because it includes the variance between batches.
 
     Returns:
-        State of the old one's dtype, not differentiated.
+        State of the same dtype as the old one, not differentiated.
 
     Raises:
-        TypeError: half-precision state, something that is no State or Moments, or a momentum that is no number.
-        ValueError: momentum outside [0, 1], unknown running_var, or shapes that differ.
+        TypeError: the state is in half precision, an argument is not a State or Moments, or momentum is not a number.
+        ValueError: momentum is outside [0, 1], running_var is unknown, or shapes differ.
 
     Example:
         >>> import jax.numpy as jnp
@@ -136,7 +138,7 @@ def update(state: State, moments: Moments, *, momentum: float | Schedule = 0.99,
 
 
 def moved(average: Average, old: State, batch: Moments, numbers: Numbers, may_be_empty: bool) -> State:
-    """The state after a batch, feature by feature; `may_be_empty` if a feature of the batch may have no value.
+    """The state after a batch, per feature; `may_be_empty` says that a feature of the batch may have no valid value.
 
     new = momentum * old + (1 - momentum) * batch
     """
@@ -144,14 +146,14 @@ def moved(average: Average, old: State, batch: Moments, numbers: Numbers, may_be
     kinds = jnp.result_type(old.mean), dtype, dtype
     kept_dtype = jnp.result_type(old.var)
     old = old._replace(var=lax.convert_element_type(old.var, dtype))
-    # Split as the state is, so that this can be carried through a loop.
+    # The batch is split over devices like the state, so that a loop can carry the state.
     axes = range(old.mean.ndim)
     batch = Moments(*(split_as(cast(value, like), old.mean, axes) for value, like in zip(batch, kinds, strict=True)))
     momentum = numbers.momentum
     if average.schedule is not None:
         momentum = jnp.clip(_scheduled.scheduled("momentum", average.schedule, old.count, dtype), 0, 1)
     weights = momentum, 1 - momentum
-    # An unset feature starts from the batch; selected first, since -inf in arithmetic makes NaN.
+    # An unset feature starts from the batch. This is selected before any arithmetic, in which -inf would give NaN.
     unset = old.var == -jnp.inf
     start_mean, start_var = lax.select(unset, batch.mean, old.mean), lax.select(unset, batch.var, old.var)
     batch_var, needed = batch.var, 1 if may_be_empty else 0
@@ -174,7 +176,7 @@ _moved = jax.jit(moved, static_argnums=(0, 4), inline=True)
 
 
 def _averaged(average: Average, weights: tuple[Any, Any], old: jax.Array, batch: jax.Array) -> jax.Array:
-    """The weighted average of two values, from the one with the larger weight, so that no digits are lost."""
+    """The weighted average of two values, as a step from the one with the larger weight, so that no digits are lost."""
     of_old, of_batch = (cast(weight, old.dtype) for weight in weights)
     if average.keeps_most is None:
         return jnp.where(weights[0] < 0.5, batch + of_old * (old - batch), old + of_batch * (batch - old))

@@ -1,7 +1,7 @@
-"""Bad input of batch_norm, normalize and moments: the error names the argument, what it got, and how to mend it.
+"""Bad input of batch_norm, normalize and moments: the error names the argument, what it got, and how to fix it.
 
-Rows of masks, ghost batches, momentum, renorm's bounds and sharing stand in the files of their subjects. Each call
-fails alike in training and at inference where both take the argument, and on traced arrays.
+Masks, ghost batches, momentum, bounds of batch renormalization and sharing are tested in files of their own. Each call
+fails in the same way in training, at inference (if it takes the argument), and on traced arrays.
 """
 
 import functools
@@ -41,7 +41,11 @@ INPUT = {
     ),
     "a state": Refused(norm(x=STATE), TypeError, "x", "a State", "expected one of float32"),
     "a scalar": Refused(
-        norm(x=np.float32(1)), ValueError, "feature_axis", "-1 is out of range for x of 0 dimensions", "give it axes"
+        norm(x=np.float32(1)),
+        ValueError,
+        "feature_axis",
+        "-1 is out of range for x of 0 dimensions",
+        "at least one axis",
     ),
     "nothing to reduce": Refused(norm(x=np.ones(3, np.float32)), ValueError, "x", "shape (3,)", "Add a batch axis"),
     "no features either": Refused(
@@ -74,7 +78,7 @@ PARAMS_AND_STATE = {
     "x first": Refused(norm(params=X, state=PARAMS, x=MATRIX), TypeError, "params", "is a ndarray", "jbn.Params"),
     "state a pair": Refused(norm(state=(PARAMS, STATE)), TypeError, "state", "a tuple", "jbn.State(mean, var, count)"),
     "features of x": Refused(
-        norm(x=np.ones((8, 4), np.float32)), ValueError, "params.scale", "shape (3,)", "jbn.init((4,)) makes it"
+        norm(x=np.ones((8, 4), np.float32)), ValueError, "params.scale", "shape (3,)", "Create it with jbn.init((4,))"
     ),
     "features of bias": Refused(
         norm(params=jbn.Params(None, np.zeros(2, np.float32))), ValueError, "params.bias", "shape (2,)", "expected (3,)"
@@ -86,7 +90,7 @@ PARAMS_AND_STATE = {
         norm(state=STATE._replace(var=jnp.zeros((1, 3)))), ValueError, "state.var", "shape (1, 3)", "expected (3,)"
     ),
     "a stacked state": Refused(
-        norm(state=STACKED), ValueError, "state.mean", "has shape (2, 3)", "expected (3,), as x of shape"
+        norm(state=STACKED), ValueError, "state.mean", "has shape (2, 3)", "expected (3,), from `feature_axis`"
     ),
     "scale a list": Refused(
         norm(params=jbn.Params([1.0], None)), TypeError, "params.scale", "is [1.0]", "numeric array of shape (3,)"
@@ -121,7 +125,7 @@ PARAMS_AND_STATE = {
 }
 
 HALF_PRECISION = {
-    "mean": Refused(norm(state=HALF), TypeError, "state.mean.dtype", "is bfloat16", "Convert it by `.astype`"),
+    "mean": Refused(norm(state=HALF), TypeError, "state.mean.dtype", "is bfloat16", "Convert it with `.astype`"),
     "var": Refused(
         norm(state=HALF._replace(mean=STATE.mean)), TypeError, "state.var.dtype", "is bfloat16", "expected float32"
     ),
@@ -151,7 +155,7 @@ SHORTCUT = {
 
 
 class Unhashable:
-    """An activation that is compared, as a dataclass is that is not frozen."""
+    """An activation with __eq__ but no __hash__, like a dataclass that is not frozen."""
 
     def __call__(self, y):
         return y
@@ -161,14 +165,14 @@ class Unhashable:
 
 
 class Leaky:
-    """Methods of one object are equal and hash alike, whatever the object holds."""
+    """Its method compares and hashes equal, even after `slope` has changed."""
 
     def activation(self, y):
         return jnp.where(y > 0, y, y * self.slope)
 
     @classmethod
     def called(cls, call, *slopes):
-        """What the call gives with the last of these slopes."""
+        """The output for the last of these slopes, after calls with the others."""
         leaky = cls()
         for leaky.slope in slopes:
             out = call(activation=leaky.activation)()
@@ -210,27 +214,35 @@ OPTIONS = {
     "dtype a text": Refused(normalize(dtype="foo"), TypeError, "dtype", "is 'foo'", "expected one of float32"),
     "activation a text": Refused(norm(activation="relu"), TypeError, "activation", "is 'relu'", "jax.nn.relu"),
     "activation of NumPy": Refused(
-        norm(activation=np.tanh), TypeError, "activation", "<ufunc 'tanh'>", "function of jax"
+        norm(activation=np.tanh), TypeError, "activation", "<ufunc 'tanh'>", "elementwise JAX function"
     ),
     "activation of Python": Refused(
-        normalize(activation=lambda y: max(y, 0)), TypeError, "activation", "is <function", "an elementwise function"
+        normalize(activation=lambda y: max(y, 0)),
+        TypeError,
+        "activation",
+        "is <function",
+        "an elementwise JAX function",
     ),
     "activation of nothing": Refused(norm(activation=lambda: 0), TypeError, "activation", "takes 0", "elementwise"),
     "activation that reduces": Refused(
         norm(activation=jnp.sum), ValueError, "activation", "turns float32[8, 16, 3] into", "array of the same shape"
     ),
     "activation to booleans": Refused(
-        norm(activation=jnp.isfinite), ValueError, "activation", "dtype=bool", "whose result is a float array"
+        norm(activation=jnp.isfinite), ValueError, "activation", "dtype=bool", "returns a float array"
     ),
     "activation that captures what is traced": Refused(
         lambda: jax.grad(lambda slope: prelu(norm, slope)[0].sum())(0.1),
         ValueError,
         "activation",
         "captures a traced float32[]",
-        "Give what is added as `shortcut`, or apply the activation to the result",
+        "Pass an array to be added as `shortcut`, or apply the activation to the result",
     ),
     "activation without a hash": Refused(
-        norm(activation=Unhashable()), TypeError, "activation", "which has no hash", "Apply what holds arrays to the"
+        norm(activation=Unhashable()),
+        TypeError,
+        "activation",
+        "which is not hashable",
+        "apply it to the result instead",
     ),
     "activation of an object that has changed": Refused(
         lambda: jax.grad(lambda slope: Leaky.called(norm, 0.1, slope).sum())(0.1),
@@ -269,7 +281,7 @@ OF_TRAINING = ("nothing to reduce", "no features either", "train", "running_var"
 
 
 def test_an_object_that_has_changed_computes_anew():
-    """As an activation and as a schedule: jit would find the program of the object as it was."""
+    """As an activation and as a schedule. By its hash, jit would find the program from before the change."""
 
     class Constant:
         def __call__(self, count):

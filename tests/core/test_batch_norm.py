@@ -1,4 +1,4 @@
-"""The public call: running statistics, what does not depend on what, and the ways in which it may be called."""
+"""The public call: running statistics, what the output depends on, and the ways to call it."""
 
 import functools
 
@@ -14,7 +14,7 @@ import jbn
 
 
 def test_running_statistics_move_by_the_update_rule_for_every_momentum_and_variance(rng):
-    """One program of all norms; a number as momentum is used as Python knows it."""
+    """One program for all cases; the momenta are concrete numbers in it."""
     cases = [(m, rule) for m in (0.0, 0.3, 0.5, 0.9, 1.0) for rule in ("biased", "unbiased", "total")]
     params, state = jbn.init(3)
 
@@ -72,7 +72,7 @@ def test_the_program_of_the_training_output_does_not_take_the_state():
     ids=["plain", "ghost", "total", "masked"],
 )
 def test_a_feature_that_is_not_finite_keeps_its_state_and_shows_in_the_output(rng, options):
-    """The others move, from a set as from an unset state."""
+    """The other features are updated, from a set and from an unset state."""
     params, state = jbn.init(3)
     state = state._replace(mean=rng.normal(size=3).astype(np.float32), count=np.float32([1, 2, 3]))
     clean, others = rng.normal(size=(8, 3)).astype(np.float32), np.array([True, False, True])
@@ -106,7 +106,7 @@ def test_running_mean_of_a_constant_comes_as_near_as_float32_can(momentum):
 
 def test_bfloat16_input_does_not_bias_the_running_mean():
     params, state = jbn.init(1)
-    spread = np.arange(-32, 33) / 64  # the spacing of bfloat16 between 2 and 4 is 1/64, so that the mean is 3
+    spread = np.arange(-32, 33) / 64  # multiples of the spacing of bfloat16 between 2 and 4, so the mean is 3
     x = jnp.asarray(3 + spread[:, None]).astype(jnp.bfloat16)
 
     def step(state, _):
@@ -177,7 +177,7 @@ def test_no_scale_and_no_bias_are_ones_and_zeros(rng, dtype):
 
 
 def test_a_shortcut_is_added_in_float32_before_the_activation_in_training_and_at_inference(rng):
-    """Whatever its dtype is; the result has that of x, or that asked for."""
+    """For any dtype of the shortcut. The result has the dtype of x, or the given `dtype`."""
     params, state = jbn.Params(*rng.normal(size=(2, 3)).astype(np.float32)), jbn.init(3)[1]
     x, shortcut = rng.normal(size=(2, 8, 3)).astype(np.float32)
     for x_dtype, dtype, result in (("float32", "bfloat16", None), ("bfloat16", "float32", "float32")):

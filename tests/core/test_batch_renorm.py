@@ -1,4 +1,4 @@
-"""Batch renormalization: what it equals, its clipping and derivative, and Keras' where that is right."""
+"""Batch renormalization: output, clipping and derivatives, and a comparison with Keras where Keras is right."""
 
 import functools
 
@@ -75,12 +75,12 @@ OPTIONS = {
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_without_correction_it_is_batch_norm(rng, options):
-    """By closed bounds bit for bit; by the default bounds, which are closed at count 7; and by an unset state."""
+    """With r_max=1 and d_max=0 (bit-equal), with the default bounds at count 7, and with an unset state."""
     params, state, x = case(rng, (8, 3), mean=1e4)
     cotangent = rng.normal(size=x.shape).astype(np.float32)
     plain = normed(params, state, x, cotangent, **options)
     assert_same(renormed(params, state, x, cotangent, **options, **CLOSED), plain)
-    # The compiler may join the r = 1 and d = 0 that it does not know with what follows, and round once more.
+    # The compiler does not know that r = 1 and d = 0 here. It may fuse them with other arithmetic and round once more.
     close = functools.partial(assert_close, dtype="bfloat16" if "dtype" in options else "float32", scale=3)
     jax.tree.map(close, renormed(params, state, x, cotangent, **options), plain)
     unset = jbn.unset(state)._replace(count=np.full(3, 50_000, np.float32))
@@ -132,7 +132,7 @@ def test_state_and_bounds_are_not_differentiated(rng):
 
 
 def test_every_derivative_is_that_of_the_formula(rng):
-    """Against plain automatic differentiation of the formula with r and d stopped."""
+    """Compared with automatic differentiation of the formula, with r and d under stop_gradient."""
     params, state, x = case(rng, (6, 2))
 
     def plain(x):
@@ -201,7 +201,7 @@ def test_low_precision_input_is_rounded_once(rng, dtype):
 @pytest.mark.needs("keras")
 @pytest.mark.parametrize(("bounds", "masked"), [((1.5, 0.2), True), ((3.0, 5.0), False)])
 def test_one_step_equals_that_of_keras(rng, bounds, masked):
-    """From a common state. Keras then averages standard deviations, where jbn averages variances."""
+    """From one state, since the running statistics then differ: Keras averages standard deviations, jbn variances."""
     import keras
 
     params, state, x = case(rng, (8, 5, 3))

@@ -1,4 +1,4 @@
-"""Under jax.checkpoint with jbn's policy: what is kept, and that nothing expensive runs twice."""
+"""jax.checkpoint with jbn's policy: what is stored, and that nothing expensive runs twice."""
 
 import collections
 import functools
@@ -37,7 +37,7 @@ def checkpointed(block):
 
 
 def counted(program):
-    """How often each expensive primitive stands in a program, everything that it calls included."""
+    """How often each expensive primitive occurs in a program and in everything that it calls."""
     found = collections.Counter(e.primitive.name for e in program.eqns if e.primitive.name in EXPENSIVE)
     for equation in program.eqns:
         for value in jax.tree.leaves(list(equation.params.values())):
@@ -76,12 +76,12 @@ def test_no_collective_runs_twice():
 
 
 def test_outputs_of_activations_are_not_kept(rng):
-    """Of two layers one output is read by the next convolution; without the policy it is kept for that."""
+    """The next convolution reads the output of the first of two layers. Without the policy, that output is stored."""
     args = (rng.normal(size=shape.shape).astype(np.float32) for shape in (KERNELS, X))
     kernels, x = map(jnp.asarray, args)
 
     def kept(block):
-        """How many arrays of the size of x, the same one counted once: in one program it is in memory once."""
+        """The number of different arrays of the size of x; equal ones are in memory once in one program."""
         _, backward, _ = jax.vjp(functools.partial(loss, block), kernels, x, has_aux=True)
         return len({np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(backward) if leaf.shape == x.shape})
 

@@ -1,4 +1,4 @@
-"""What the compiled programs move and keep, so that no later change loses it unseen."""
+"""Memory traffic and temporary memory of compiled programs, so that a regression fails a test."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jbn.bench.layers import LAYERS
 
 CONV = Case("conv", (8, 28, 28, 128))
 MOST = {
-    # of a case and a mode: passes over an array like x, and temporary arrays like x
+    # For a case and a mode: passes over an array as large as x, and temporary arrays as large as x.
     (CONV, "inference"): (2, 0),
     (CONV, "backward"): (8, 0),
     (CONV, "forward+backward"): (14, 0),
@@ -28,7 +28,7 @@ MOST = {
 
 @pytest.fixture(scope="module", autouse=True)
 def unoptimized():
-    """LLVM's optimization comes after all that is read here, and takes time."""
+    """LLVM's optimization comes after everything that is read here, so it is skipped to save time."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -60,7 +60,7 @@ COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 def test_numbers_as_momentum_and_bounds_compile_once():
-    """A hundred of them, also of a traced kind; whether a momentum is at least 1/2 is the program's to know."""
+    """A hundred numbers of at least 1/2: which side of 1/2 a momentum is on is static in the program."""
     params, state = jbn.init(3)
     x, compiled = jnp.ones((8, 3)), []
     jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: compiled.append(event))
@@ -79,7 +79,7 @@ def test_numbers_as_momentum_and_bounds_compile_once():
 
 
 def test_norms_of_one_shape_are_traced_once_for_values_and_derivatives():
-    """An activation runs once when it is checked, once in the value, and once in each of three terms of the tangent."""
+    """An activation is called once in its check, once for the value, and once for each term of the tangent."""
     params, state = jbn.init(3)
     calls = []
 
@@ -97,8 +97,8 @@ def test_norms_of_one_shape_are_traced_once_for_values_and_derivatives():
 
 
 BARRIERS = {
-    # options, dtype of x, and the barriers in a program for a GPU, a TPU and a CPU; for a TPU, one is that of the
-    # center about which sums are taken again
+    # Options, dtype of x, and the number of barriers in a program for a GPU, a TPU and a CPU. On a TPU, one of them is
+    # for the center about which sums are computed again.
     "an activation": ({"activation": jax.nn.silu}, "float32", [2, 3, 2]),
     "none": ({}, "float32", [0, 1, 0]),
     "none, bfloat16": ({}, "bfloat16", [1, 1, 0]),
@@ -108,7 +108,7 @@ BARRIERS = {
 
 
 def test_barriers_stand_where_a_compiler_would_lose_time_or_memory_without_them():
-    """`for_xla.py` says which, and what they gain."""
+    """`for_xla.py` says what each barrier is for."""
     params, state = jbn.init(3)
     for name, (options, dtype, expected) in BARRIERS.items():
 

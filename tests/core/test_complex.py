@@ -1,4 +1,4 @@
-"""Complex input: a complex mean, and as variance the mean of |x - mean|**2."""
+"""Complex input: the mean is complex, and the variance is the mean of |x - mean|**2."""
 
 import functools
 
@@ -26,7 +26,7 @@ def split(array):
 
 
 def formula(x, mask=None, epsilon=1e-5):
-    """Normalized x, and its moments, in complex128, reduced over all axes but the last."""
+    """Normalized x and its moments in complex128, reduced over all axes except the last."""
     x = np.asarray(x, np.complex128)
     weight = np.ones(x.shape) if mask is None else np.broadcast_to(mask, x.shape).astype(float)
     axes = tuple(range(x.ndim - 1))
@@ -41,7 +41,7 @@ def assert_complex_close(actual, expected, **bounds):
 
 
 def modulus_relu(y):
-    """Keeps the phase."""
+    """A relu of the modulus, which keeps the phase."""
     size = jnp.abs(y)
     return y * (jax.nn.relu(size - 0.5) / (size + 1e-3)).astype(y.dtype)
 
@@ -103,7 +103,7 @@ def test_calibration_and_diagnostics_take_complex_statistics(rng):
 
 
 def plain(scale, bias, x, shortcut, activation):
-    """The formula in JAX, differentiated by JAX."""
+    """The formula in jax.numpy, for automatic differentiation."""
     axes = tuple(range(x.ndim - 1))
     mean = jnp.mean(x, axes)
     var = jnp.mean(jnp.real((x - mean) * jnp.conj(x - mean)), axes)
@@ -114,7 +114,7 @@ def plain(scale, bias, x, shortcut, activation):
 @pytest.mark.parametrize("activation", [None, modulus_relu], ids=["plain", "activation"])
 @pytest.mark.parametrize("kind", ["complex", "real"])
 def test_derivatives_are_those_of_the_formula(rng, x64, kind, activation):
-    """Both directions, in complex128; scale and bias complex, or real as in Flax."""
+    """Forward and reverse mode in complex128, with complex scale and bias, or real ones as in Flax."""
     x, shortcut, x_t, weight = (drawn(rng, 6, FEATURES).astype(np.complex128) for _ in range(4))
     scale, bias = (drawn(rng, FEATURES).astype(np.complex128) for _ in range(2))
     scale, bias = (scale, bias) if kind == "complex" else (scale.real, bias.real)

@@ -30,7 +30,7 @@ def small(x64, rng):
 
 
 def pair(state, options):
-    """Ours and the plain formula, as functions of params and x to something curved."""
+    """jbn and the plain formula, as functions of params and x with nonzero second derivatives."""
     plain_options = {key: value for key, value in options.items() if key != "ghost_batch_size"}
     groups = 2 if "ghost_batch_size" in options else 1
 
@@ -78,7 +78,7 @@ SECOND = {
 
 
 def assert_same_derivatives(modes, functions, *arguments):
-    """Ours and the plain function give the same in every mode, all of which are one program."""
+    """jbn and the plain formula agree in every mode; all modes are compiled as one program."""
     actual, expected = (
         compiled(lambda *arguments, f=f: {name: mode(f)(*arguments) for name, mode in modes.items()})(*arguments)
         for f in functions
@@ -111,7 +111,7 @@ def test_derivatives_of_a_norm_without_scale_or_bias(small):
 
 
 def of_both_signs(y):
-    """An activation of a user's own, whose slope jax has to find."""
+    """A custom activation, which JAX differentiates."""
     return y * jnp.exp(-jnp.square(y)) + 0.1 * y
 
 
@@ -123,7 +123,7 @@ JOINS = {
     "tanh, ghost": {"activation": jnp.tanh, "ghost_batch_size": 2},
     "a user's own": {"activation": of_both_signs},
 }
-"""With a shortcut; masks are by feature."""
+"""Options of calls with a shortcut; the masks differ between features."""
 SLOW = ("tanh, ghost", "a user's own")
 
 
@@ -132,7 +132,7 @@ SLOW = ("tanh, ghost", "a user's own")
     [pytest.param(options, id=name, marks=pytest.mark.slow if name in SLOW else ()) for name, options in JOINS.items()],
 )
 def test_derivatives_in_x_and_in_the_shortcut(small, options):
-    """The join of a residual block: first and second derivatives, forward and reverse."""
+    """First and second derivatives with a shortcut, in forward and reverse mode."""
     params, state, x = small
     arrays = jax.tree.map(lambda vector: vector[:2], params), x[:4, :2], jnp.cos(x[4:, :2])
     groups = 2 if "ghost_batch_size" in options else 1
@@ -165,7 +165,7 @@ def weighed(function):
 
 
 def test_inference_is_differentiable_in_everything_but_the_count(x64, rng):
-    """In the running statistics too, as any other values; PyTorch refuses this."""
+    """Including the running statistics, in which PyTorch refuses to differentiate."""
     x, shortcut = rng.normal(size=(2, 6, 3))
     params = jbn.Params(rng.normal(size=3), rng.normal(size=3))
     mean_and_var = (rng.normal(size=3), rng.uniform(0.5, 2, 3))

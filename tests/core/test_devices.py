@@ -1,4 +1,4 @@
-"""Statistics shared over devices and lanes equal those of the whole batch on one device."""
+"""Statistics shared over devices and vmap lanes equal the statistics of the whole batch on one device."""
 
 import functools
 
@@ -21,7 +21,7 @@ GROUPED = [f"{name}, even groups" for name in ("shard_map", "shard_map, unchecke
 
 @each(*TRANSFORMS, "shard_map, two axes, relu", "vmap, many lanes, relu", *GROUPED, "shard_map, uneven groups")
 def test_shared_statistics_with_a_mask_equal_those_of_the_whole_batch(rng, case):
-    """Uneven parts of which two are empty, far from 0; uneven parts; and nothing valid on any device."""
+    """Uneven parts, two of them empty, far from 0; uneven parts near 0; and no valid value on any device."""
     assert_each_batch_is_whole(rng, case, "float32", [("an empty part", 1e4), ("uneven", 3), ("nothing", 3)])
 
 
@@ -32,7 +32,7 @@ def test_shared_statistics_without_a_mask_equal_those_of_the_whole_batch(rng, ca
 
 @each("shard_map", "vmap, even groups", "pmap, two axes", AUTOMATIC, "jit, explicit sharding")
 def test_a_mask_by_feature_over_devices_is_that_of_the_whole_batch(rng, case):
-    """A feature of which a device has nothing, and one of which none has."""
+    """One feature has no valid value on some devices, and one has none on any device."""
     assert_each_batch_is_whole(rng, case, "float32", [("by feature", 1e4)])
 
 
@@ -93,7 +93,7 @@ def test_the_join_of_a_residual_block_over_devices_is_that_of_the_whole_batch(rn
 
 
 def batch_with_a_nan(rng, place):
-    """With a mask by which all is valid, for the program of the batches with a mask."""
+    """A batch with a NaN, and a mask of True values so that the program with a mask is used."""
     x, _, cotangent = make_batch(rng, "float32", "all", 3)
     return x.at[place].set(jnp.nan), np.ones((32, 5), bool), cotangent
 
@@ -148,10 +148,10 @@ SHARING = {
         norm(axis_name=("a", "b"), axis_index_groups=[[0]]), ValueError, "axis_index_groups", "('a', 'b')", "one axis"
     ),
     "groups that overlap": Refused(
-        norm(axis_name="a", axis_index_groups=[[0, 0]]), ValueError, "axis_index_groups", "is [[0, 0]]", "each place"
+        norm(axis_name="a", axis_index_groups=[[0, 0]]), ValueError, "axis_index_groups", "is [[0, 0]]", "each index"
     ),
     "groups of none": Refused(
-        moments(axis_name="a", axis_index_groups=[]), ValueError, "axis_index_groups", "is []", "each place once"
+        moments(axis_name="a", axis_index_groups=[]), ValueError, "axis_index_groups", "is []", "each index once"
     ),
     "groups in one list": Refused(
         norm(axis_name="a", axis_index_groups=[0, 1]),
@@ -164,8 +164,8 @@ SHARING = {
         in_lanes(norm(axis_name="lanes", axis_index_groups=[[0]])),
         ValueError,
         "axis_index_groups",
-        "is [[0]], which has 1 places, but the axis 'lanes' has 2",
-        "expected each place from 0 to 1 once",
+        "is [[0]], which has 1 indices, but the axis 'lanes' has size 2",
+        "expected each index from 0 to 1 once",
     ),
 }
 

@@ -1,4 +1,4 @@
-"""Output, statistics and gradients are those of the formula in float64: any layout, any mean, any precision."""
+"""Output, statistics and gradients agree with the formula in float64, for any layout, mean and precision."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ import jbn
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_output_statistics_and_gradients_of_every_layout(x64, rng, dtype):
-    """Every other one with a mask; in float64 every fourth."""
+    """Every other layout has a mask. float64 takes every fourth layout."""
     for number, (shape, feature_axis) in enumerate(LAYOUTS if dtype == "float32" else LAYOUTS[::4]):
         x, cotangent = (rng.normal(size=shape).astype(dtype) * 2 + 3 for _ in range(2))
         feature = reference.feature_axes(feature_axis, x.ndim)
@@ -58,7 +58,7 @@ def test_a_constant_channel_gives_exactly_the_bias_and_a_finite_gradient(rows):
         np.testing.assert_array_equal(found.out, np.broadcast_to(params.bias, (rows, 2)))
         np.testing.assert_array_equal(found.new_state.var, [0, 0])
         np.testing.assert_array_equal(found.new_state.mean, x[0])
-        # The rounded mean of the cotangent is all that is left in one row.
+        # With one row, only the rounding of the mean of the cotangent is left.
         expected = reference.batch_norm(x, *params, cotangent).dx
         assert_close(found.dx, expected, scale=3 / np.sqrt(1e-5) * np.abs(cotangent).max())
 
@@ -122,7 +122,7 @@ def test_epsilon_bounds_the_gain():
 
 @pytest.mark.parametrize("norm", [jbn.batch_norm, jbn.batch_renorm])
 def test_a_variance_beyond_the_range_is_loud(norm):
-    """The reciprocal of its root is 0, which would give the bias for everything."""
+    """The reciprocal of its square root is 0, so the output would be the bias without a warning."""
     x = jnp.array([[1e20, 1.0], [-1e20, 2.0], [0.0, 6.0]])
     params, state = jbn.init(2)
     out, new_state = jax.jit(norm, static_argnames="train")(params, state, x, train=True)

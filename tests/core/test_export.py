@@ -1,4 +1,4 @@
-"""Norms in exported programs: exported at a batch of unknown size, as bytes that run without jbn."""
+"""Norms in exported programs: exported for a symbolic batch size, as bytes that run without jbn."""
 
 import functools
 import subprocess

@@ -1,4 +1,4 @@
-"""Ghost batches: each group of examples is normalized on its own, and the running statistics see the whole batch."""
+"""Ghost batches: each group of examples is normalized on its own; the running statistics take the whole batch."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ norm = partly(jbn.batch_norm, params=PARAMS, state=STATE, x=np.ones((8, 3), np.f
 
 
 def exported(call):
-    """A call on any number of examples."""
+    """Export a call for a symbolic number of examples."""
     (size,) = jax.export.symbolic_shape("b")
     return lambda: jax.export.export(jax.jit(lambda x: call(x=x)))(jax.ShapeDtypeStruct((size, 3), jnp.float32))
 

@@ -1,4 +1,4 @@
-"""Inference: the running statistics normalize, and the state comes back as it is."""
+"""Inference normalizes by the running statistics and returns the state unchanged."""
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,7 @@ def test_no_examples_and_no_batch_axis():
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_statistics_in_half_precision_are_served(rng, dtype):
-    """As trees that were cast for serving have them; training refuses them."""
+    """Inference takes trees that were cast for serving, which training refuses."""
     x = rng.normal(size=(8, 3)).astype(np.float32)
     params, state = jax.tree.map(lambda leaf: leaf.astype(dtype), jbn.init(3))
     state = state._replace(mean=jnp.asarray(rng.normal(size=3), dtype), var=jnp.asarray([0.5, 1, 9], dtype))

@@ -1,4 +1,4 @@
-"""jbn._core.for_xla: each platform's forms give what their plain twins give, so that a reader may skip that file."""
+"""jbn._core.for_xla: the forms of each platform and the plain forms agree with the formula."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ def sigmoid(y):
 
 
 ACTIVATIONS = {
-    # the activation, itself and its slope in NumPy
+    # The activation in JAX, in NumPy, and its slope in NumPy.
     "none": (None, lambda y: y, np.ones_like),
     "relu": (jax.nn.relu, lambda y: np.maximum(y, 0), lambda y: y > 0),
     "silu": (jax.nn.silu, lambda y: y * sigmoid(y), lambda y: sigmoid(y) * (1 + y * (1 - sigmoid(y)))),
@@ -26,7 +26,7 @@ CASES = [(name, joined) for name in ACTIVATIONS for joined in (False, True)]
 
 
 def everything(params, state, x, shortcut, cotangent, mask):
-    """Output, new state, and gradients in params, x and the shortcut, of each case; masked where there is none."""
+    """Output, new state, and gradients in params, x and the shortcut, per case; cases without a shortcut are masked."""
 
     def of_case(name, joined):
         def norm(params, x, shortcut):

@@ -1,4 +1,4 @@
-"""jbn._core.moments: about which value the sums are taken; a wrong choice shows as lost digits, for some data only."""
+"""jbn._core.moments: the value about which sums are taken. A wrong one loses digits, but only for some data."""
 
 import functools
 
@@ -15,7 +15,7 @@ from jbn._core import for_xla
 from jbn._core.moments import near_the_data
 
 ROWS = [
-    # shape, reduced axes, and the places on them of the three rows
+    # Shape, reduced axes, and the positions of the three rows on them.
     ((5, 8, 3), (0, 1), [(0, 2), (0, 4), (0, 6)]),
     ((5, 8, 4, 3), (0, 1, 2), [(0, 2, 0), (0, 4, 0), (0, 6, 0)]),
     ((5, 2, 3, 3), (0, 1, 2), [(0, 0, 0), (0, 0, 1), (0, 0, 2)]),
@@ -35,7 +35,7 @@ def median_of_rows(x, reduced, places):
 
 
 def test_the_value_near_the_data_is_the_median_of_three_rows_of_the_first_example(rng):
-    """At the quarters of its first axis of three or more; of three examples, where an example has none."""
+    """The rows are at the quarters of the first reduced axis of size 3 or more, or else in three examples."""
     for dtype in ("float32", "bfloat16"):
         for shape, reduced, places in ROWS if dtype == "float32" else ROWS[::4]:
             x = rng.permutation(np.prod(shape)).reshape(shape)
@@ -68,7 +68,7 @@ ROWS_READ = np.array([1, 2, 3]) * 2**14
 
 @pytest.mark.parametrize("center", [0, 1e3])
 def test_outliers_placed_against_the_rows_that_are_read_cost_no_more_than_the_guarantee(rng, center):
-    """Against one of three they cost nothing; against two on a side, the variance errs by about u * (1 + N / 2)."""
+    """An outlier in one of three rows costs nothing. Two on one side cost a variance error of about u * (1 + N / 2)."""
     rows = 2**16
     moments = jax.jit(jbn.moments)
     clean = rng.normal(size=(rows, 1)) + center
@@ -84,7 +84,7 @@ def test_outliers_placed_against_the_rows_that_are_read_cost_no_more_than_the_gu
 
 @pytest.fixture(scope="module")
 def asked_afterwards():
-    """Moments by the form for a TPU, on any platform."""
+    """Moments in the form for a TPU, which tests for lost digits afterwards, on any platform."""
     with for_xla.forms("tpu"):
         yield jax.jit(jbn.moments)
 
@@ -102,7 +102,7 @@ FAR = {
 
 @pytest.mark.parametrize("case", FAR)
 def test_sums_about_0_are_taken_again_where_they_lost_digits(rng, asked_afterwards, case):
-    """Beside a feature that loses none."""
+    """The other feature loses no digits."""
     x = rng.normal(size=(4096, 2))
     x[:, 0] = FAR[case](x[:, 0])
     x = x.astype(np.float32)

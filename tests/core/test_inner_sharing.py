@@ -1,4 +1,4 @@
-"""jbn._core.sharing: where more places share than FEW, two small sums take the place of every part sent whole."""
+"""jbn._core.sharing: if more than FEW places share statistics, two small sums are sent instead of all parts."""
 
 import jax
 import pytest
@@ -10,7 +10,7 @@ from jbn._core import sharing
 
 @pytest.fixture(scope="module", autouse=True)
 def two_sums():
-    """What is traced and cached elsewhere in the process is of the other form."""
+    """Clears caches before and after, because other tests trace and cache the form for few places."""
     caches = (built.cache_clear, sent_by_network.cache_clear, jax.clear_caches)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharing, "FEW", 0)

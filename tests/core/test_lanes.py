@@ -1,4 +1,4 @@
-"""Statistics shared over the lanes of vmap, which one device computes."""
+"""Statistics shared over the lanes of vmap, on one device."""
 
 import functools
 
@@ -29,7 +29,7 @@ def test_one_example_a_lane_is_normalized_by_the_batch_of_all_lanes(rng):
 
 
 def test_one_example_a_lane_may_be_masked(rng):
-    """By example, and by feature."""
+    """Masks of examples, and masks that differ between features."""
     x = rng.normal(size=(16, 3)).astype(np.float32) + 100
     params, state = jbn.init(3)
     norm = jax.vmap(lambda x, m: jbn.batch_norm(params, state, x, True, mask=m, axis_name="batch"), axis_name="batch")
@@ -50,7 +50,7 @@ def moments_of_lanes(x, mask):
     [(4, 1e20, 1e-6), (32, 1e20, 1e-6), (4, -1e5, 1e-5), (32, -1e5, 1e-5), (4, 1e25, 0), (32, 1e24, 0)],
 )
 def test_an_empty_lane_beside_lanes_far_from_zero_changes_nothing(rng, lanes, center, spread):
-    """The distance from where nothing is may be beyond the range once it is squared."""
+    """The empty lane has mean 0, and the square of its distance to the other means may overflow."""
     x = (center * (1 + spread * rng.normal(size=(lanes, 10, 3)))).astype(np.float32)
     mask = np.broadcast_to(np.arange(lanes)[:, None] > 0, (lanes, 10))
     found = jax.tree.map(lambda leaf: leaf[-1], moments_of_lanes(x, mask))
@@ -60,7 +60,7 @@ def test_an_empty_lane_beside_lanes_far_from_zero_changes_nothing(rng, lanes, ce
 
 
 def test_a_named_lane_inside_an_unnamed_one_shares_statistics_by_name_only(rng):
-    """The statistics of the named lanes, and as many of them as there are unnamed lanes."""
+    """Each unnamed lane has its own statistics, shared over its named lanes."""
     x = rng.normal(size=(10, 5, 6)).astype(np.float32)
     params, state = jbn.init(5)
     inner = jax.vmap(
@@ -78,7 +78,7 @@ def test_a_named_lane_inside_an_unnamed_one_shares_statistics_by_name_only(rng):
 
 
 def test_one_example_in_one_lane_gives_the_bias_and_no_gradient_but_of_it(rng):
-    """To rounding, beside the terms that cancel: a cotangent over sqrt(epsilon), since the variance is 0."""
+    """Up to the rounding of terms that cancel: cotangent / sqrt(epsilon), since the variance is 0."""
     x, cotangent = rng.normal(size=(2, 1, 5)).astype(np.float32)
     params, state = jbn.init(5)
 

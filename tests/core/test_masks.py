@@ -1,4 +1,4 @@
-"""Masked values take no part: they come out as 0, get and give no gradient, and may hold anything."""
+"""Masked values have no effect whatever they hold; their output and gradient are 0."""
 
 import jax
 import jax.numpy as jnp
@@ -25,14 +25,16 @@ REFUSED = {
         norm(mask=np.ones((8, 16), np.float32)), TypeError, "mask", "has dtype float32", "use mask.astype(bool)"
     ),
     "another shape": Refused(
-        norm(mask=np.ones((8, 3), bool)), ValueError, "mask", "has shape (8, 3)", "expected (8, 16), or (8, 16, 3)"
+        norm(mask=np.ones((8, 3), bool)), ValueError, "mask", "has shape (8, 3)", "expected (8, 16) or (8, 16, 3)"
     ),
-    "of examples": Refused(normalize(mask=np.ones(8, bool)), ValueError, "mask", "shape (8,)", "an axis may also be"),
+    "of examples": Refused(
+        normalize(mask=np.ones(8, bool)), ValueError, "mask", "shape (8,)", "Any axis may also have"
+    ),
     "of another feature axis": Refused(
-        moments(mask=np.ones((8, 3, 16), bool)), ValueError, "mask", "shape (8, 3, 16)", "or (8, 16, 3), where an axis"
+        moments(mask=np.ones((8, 3, 16), bool)), ValueError, "mask", "shape (8, 3, 16)", "or (8, 16, 3). Any axis"
     ),
     "of features": Refused(
-        norm(x=X[:, 0], mask=np.ones(3, bool)), ValueError, "mask", "has shape (3,)", "expected (8,), or (8, 3)"
+        norm(x=X[:, 0], mask=np.ones(3, bool)), ValueError, "mask", "has shape (3,)", "expected (8,) or (8, 3)"
     ),
 }
 
@@ -65,7 +67,7 @@ def test_masked_rows_give_output_0_and_gradient_0_whatever_they_hold(debug_nans,
 
 @pytest.mark.parametrize("activation", [None, jax.nn.relu, jax.nn.silu])
 def test_masked_values_of_a_shortcut_do_nothing_whatever_they_hold(debug_nans, rng, activation):
-    """Masks are by feature; the gradients of what is not masked are those of the formula in `test_derivatives.py`."""
+    """The masks differ between features. `test_derivatives.py` tests the gradients of valid values."""
     (params, state), mask = jbn.init(3), rng.random((8, 3)) < 0.6
     x, shortcut, cotangent = rng.normal(size=(3, 8, 3)).astype(np.float32)
 
@@ -86,7 +88,7 @@ def test_masked_values_of_a_shortcut_do_nothing_whatever_they_hold(debug_nans, r
 
 
 def signed_root(y):
-    """Its slope at 0, which masked places are near, is infinite."""
+    """Its slope is infinite at 0, and masked values are near 0."""
     return jnp.sign(y) * jnp.sqrt(jnp.abs(y))
 
 
@@ -150,7 +152,7 @@ def test_axes_of_size_1_repeat_the_mask(rng):
 
 @pytest.mark.parametrize("feature_axis", [-1, 1])
 def test_a_mask_by_feature_masks_each_feature_alone(debug_nans, rng, feature_axis):
-    """Missing values in a table: all are there of feature 0, some of 1, two of 2, none of 3, which keeps its state."""
+    """Missing values in a table. Feature 0 has all values, 1 some, 2 two, and 3 none, so feature 3 keeps its state."""
     x, cotangent = rng.normal(size=(2, 12, 5, 4)).astype(np.float32) + 3
     mask = rng.random(x.shape) < [1, 0.6, 0, 0]
     mask[7, 2:4, 2] = True

@@ -1,4 +1,4 @@
-"""merge: the moments of parts are those of the whole."""
+"""merge gives the moments of the whole batch from the moments of its parts."""
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ def test_what_is_no_moments_is_refused():
 
 
 def test_the_union_of_parts_is_the_whole_in_any_order(rng):
-    """The means of the parts are rounded, and twice that, in standard deviations, is what the variance may lose."""
+    """The variance may be off by twice the rounding error of the means of the parts, in standard deviations."""
     center = np.array([1, 10, 1e3, 1e4])
     x = (rng.normal(size=(100, 4)) + center).astype(np.float32)
     expected = reference.batch_norm(x)
@@ -71,7 +71,7 @@ def test_empty_parts_do_nothing(rng):
 
 
 def test_empty_parts_do_nothing_far_from_zero(rng):
-    """The distance from where nothing is, 0, is beyond the range once it is squared."""
+    """The mean of an empty part is 0, and the square of its distance to the others overflows."""
     x = (1e20 * (1 + 1e-6 * rng.normal(size=(7, 3)))).astype(np.float32)
     nothing = jbn.Moments(*jnp.zeros((3, 3)))
     for merged in jax.jit(lambda x: (jbn.merge(nothing, jbn.moments(x)), jbn.merge(jbn.moments(x), nothing)))(x):
@@ -79,7 +79,7 @@ def test_empty_parts_do_nothing_far_from_zero(rng):
 
 
 def test_each_feature_has_a_count_of_its_own(rng):
-    """Of masks by feature; one feature has nothing in one part, one nothing at all."""
+    """Masks that differ between features: one feature has no value in one part, and one has none at all."""
     x = (rng.normal(size=(40, 3)) + 3).astype(np.float32)
     mask = rng.random(x.shape) < 0.5
     mask[:20, 1] = mask[:, 2] = False

@@ -1,4 +1,4 @@
-"""moments: mean, variance and count of a batch. Layouts, masks and far means are tested through batch_norm too."""
+"""moments: mean, variance and count of a batch. batch_norm is also tested with layouts, masks and far means."""
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ def test_an_outlier_before_short_axes_costs_no_digits(rng, shape):
 
 @pytest.mark.parametrize("shape", [(8, 32, 32, 2), (8, 1024, 2), (2, 1, 64, 64, 2)])
 def test_an_example_that_begins_and_ends_blank_costs_no_digits(rng, shape):
-    # So that the squares of all values count beside those of the blank ones, in whichever order they are added.
+    # The spread is large, so that no order of summation drops the squares of values next to those of blank ones.
     x = (rng.normal(size=shape) * 100 + 1e4).astype(np.float32)
     rows = x[0].reshape(-1, 2)
     rows[:4] = rows[-4:] = 0
@@ -41,7 +41,7 @@ def test_an_example_that_begins_and_ends_blank_costs_no_digits(rng, shape):
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
 def test_half_precision_input_has_float32_moments(dtype):
-    """Of a million rows and one to three features too, where sums in half precision would end at a few thousand."""
+    """Including a million rows of one to three features; half-precision sums would stop growing at a few thousand."""
     rng = np.random.default_rng(2)
     for rows, features in ((500, 3), (2**20, 1), (2**20, 2), (2**20, 3)):
         x = jnp.asarray(rng.standard_normal((rows, features), np.float32) + 0.5).astype(dtype)
@@ -52,7 +52,7 @@ def test_half_precision_input_has_float32_moments(dtype):
 
 @pytest.mark.slow
 def test_a_hundred_million_rows_of_one_feature():
-    """More than float32 can count one by one: 2**27 rows, and more than 2**24 valid ones among 2**25."""
+    """More rows than float32 can count in steps of one: 2**27 rows, and over 2**24 valid rows of 2**25."""
     rows = (np.random.default_rng(0).normal(size=2**10) + 1e4).astype(np.float32)
     x = jnp.tile(rows, 2**17)[:, None]
     found, expected = moments(x), reference.batch_norm(rows[:, None])

@@ -1,4 +1,4 @@
-"""Momentum schedules: what they average, how precise they are, and the momenta that are refused."""
+"""Momentum schedules: their averages and precision, and the momenta that are refused."""
 
 import copy
 import functools
@@ -14,7 +14,7 @@ import jbn
 
 
 def averaged(schedule, values):
-    """The moving average of values, from a start of 1e6, and the share of that start that is left."""
+    """The moving average of values from the initial value 1e6, and the remaining weight of the initial value."""
     average, left = 1e6, 1.0
     for count, value in enumerate(values):
         kept = float(schedule(np.int32(count)))
@@ -93,7 +93,7 @@ SCHEDULES_AS_VALUES = {
 
 
 def test_schedules_are_values():
-    """Two made alike are equal, also by pickle, copy and from what they print as; models hold and compare them."""
+    """Schedules from equal arguments are equal, also after pickle, copy or eval of their repr: models compare them."""
     made = {shown: make() for shown, make in SCHEDULES_AS_VALUES.items()}
     for shown, schedule in made.items():
         assert repr(schedule) == shown
@@ -106,7 +106,7 @@ def test_schedules_are_values():
 
 
 def test_scalars_of_numpy_and_jax_are_turned_into_numbers():
-    """A schedule of either is the one that a number makes, and so is every program that takes it."""
+    """A schedule from such a scalar equals the one from a Python number, so programs are not compiled again."""
     made = {
         jbn.momentum.warmup(0.5): jbn.momentum.warmup,
         jbn.momentum.debiased(0.5): jbn.momentum.debiased,
@@ -125,7 +125,7 @@ def by_a_condition(count):
 
 
 class Unhashable:
-    """A schedule that is compared, as a dataclass is that is not frozen."""
+    """A schedule with __eq__ but no __hash__, like a dataclass that is not frozen."""
 
     def __call__(self, count):
         return 0.5
@@ -158,16 +158,18 @@ MOMENTA = {
         update(momentum=jbn.momentum.cumulative), TypeError, "momentum", "jbn.momentum.cumulative itself", "call it"
     ),
     "gives channels": Refused(
-        update(momentum=lambda count: np.ones(3)), TypeError, "momentum", "gives array([1., 1., 1.])", "to a number"
+        update(momentum=lambda count: np.ones(3)), TypeError, "momentum", "returns array([1., 1., 1.])", "to a number"
     ),
     "gives None": Refused(
         update(momentum=lambda count: None),
         TypeError,
         "momentum",
-        "gives None",
+        "returns None",
         "the count of updates, an int32 scalar",
     ),
-    "gives a text": Refused(update(momentum=lambda count: "0.9"), TypeError, "momentum", "gives '0.9'", "to a number"),
+    "gives a text": Refused(
+        update(momentum=lambda count: "0.9"), TypeError, "momentum", "returns '0.9'", "to a number"
+    ),
     "without a count": Refused(
         update(momentum=lambda: 0.9), TypeError, "momentum", "takes 0 positional", "count of updates"
     ),
@@ -176,14 +178,14 @@ MOMENTA = {
         TypeError,
         "momentum",
         "boolean conversion",
-        "Write jnp.where or jax.lax.cond for",
+        "Use jnp.where or jax.lax.cond instead of",
     ),
     "by NumPy": Refused(
         update(momentum=lambda count: np.float32(count) / 9),
         TypeError,
         "momentum",
         "fails on a traced",
-        "and jnp for math",
+        "and jnp instead of math",
     ),
     "of a statistic without a count": Refused(
         norm(state=STATE._replace(count=None), momentum=jbn.momentum.warmup(0.9)),
@@ -193,7 +195,7 @@ MOMENTA = {
         "expected an array like `state.mean`",
     ),
     "without a hash": Refused(
-        norm(momentum=Unhashable()), TypeError, "momentum", "which has no hash", "a frozen dataclass"
+        norm(momentum=Unhashable()), TypeError, "momentum", "which is not hashable", "a frozen dataclass"
     ),
     "traced, one for each feature": Refused(
         jitted(norm(), momentum=np.ones(3, np.float32)), TypeError, "momentum", "a traced float32[3]", "of shape ()"

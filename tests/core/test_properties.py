@@ -1,8 +1,8 @@
-"""What holds of a norm for any input: hypothesis looks for one that breaks it, and shrinks it.
+"""Properties of a norm for any input: hypothesis searches for counterexamples and shrinks them.
 
     pytest tests/core/test_properties.py --hypothesis-profile thorough -n 0
 
-draws 2,000 examples of each property, of more shapes; `free_shapes` draws 200, whose shapes are free too.
+draws 2,000 examples of each property, with more shapes. `free_shapes` draws 200, with arbitrary shapes.
 """
 
 import functools
@@ -43,7 +43,7 @@ def forward(params, state, x, mask, momentum, *, norm, **static):
 
 
 def trained(params, state, batch, *, momentum=0.99, norm=jbn.batch_norm, running_var="biased", epsilon=1e-5):
-    """Output and new state. All properties give the same arguments, so that they share the compiled programs."""
+    """Output and new state. All properties pass the same arguments, so they share the compiled programs."""
     momentum = np.asarray(momentum, state.mean.dtype)
     static = {"feature_axis": batch.feature_axis, "running_var": running_var, "epsilon": epsilon}
     return forward(params, state, batch.x, batch.mask, momentum, norm=norm, **static)
@@ -146,7 +146,7 @@ def test_the_order_of_examples_does_not_matter(data):
 
 @given(data=st.data(), power=few(st.sampled_from([-8, 5]), st.integers(-8, 8)), sign=st.sampled_from([-1, 1]))
 def test_the_scale_of_the_input_does_not_matter(data, power, sign):
-    """A power of two rounds nothing, and epsilon is scaled with it."""
+    """Scaling by a power of two does not round, and epsilon is scaled too."""
     batch = data.draw(batches(("float32",)))
     scaled = batch._replace(x=batch.x * np.float32(sign * 2.0**power))
     assume(batch.fits() and scaled.fits())
@@ -160,7 +160,7 @@ def test_the_scale_of_the_input_does_not_matter(data, power, sign):
 
 @given(data=st.data(), offset=st.integers(-(2**23), 2**23))
 def test_the_offset_of_the_input_does_not_matter(data, offset):
-    """Between whole numbers it rounds nothing, so that the bound knows nothing of it."""
+    """Adding whole numbers does not round, so the bound does not depend on the offset."""
     shape, feature_axis, _ = data.draw(layouts(("float32",)).filter(lambda layout: 0 not in layout[0]))
     batch = Batch(np.rint(data.draw(arrays(shape, bound=64))), feature_axis, None)
     params, state = data.draw(norms(batch.features))
@@ -188,7 +188,7 @@ def test_what_is_masked_may_hold_anything(data, filler):
 
 @given(data=st.data(), running_var=RUNNING_VAR)
 def test_what_does_not_fit_is_loud_and_leaves_the_state_of_its_feature(data, running_var):
-    """Near 1e19 squares leave the range of float32, near 1e38 sums and differences do."""
+    """Squares overflow float32 near 1e19, and sums and differences near 1e38."""
     batch = data.draw(batches(("float32", "bfloat16"), smallest=15, largest=38))
     params, state = data.draw(norms(batch.features))
     out, new_state = trained(params, state, batch, running_var=running_var)

@@ -1,4 +1,4 @@
-"""What holds of a batch whose statistics are those of its parts, or of a part of it, whatever its values.
+"""Properties of batches whose statistics come from their parts, or from one part, for any values.
 
 `test_properties.py` says how to draw more examples.
 """
@@ -62,12 +62,12 @@ def on_devices(number):
 
 
 def assert_shared_as_one(data, norm_on, number, rows):
-    """The norm on a number of places, each with this many rows, is that of the whole batch."""
+    """The norm over `number` places with `rows` rows each equals the norm of the whole batch."""
     scale, offset = 10.0 ** data.draw(st.integers(-15, 15)), data.draw(st.sampled_from([0, 1, 1e4, 1e22]))
     x = ((np.float64(data.draw(arrays((number * rows, 2)))) + offset) * scale).astype(np.float32)
     mask = np.array(data.draw(st.lists(st.booleans(), min_size=len(x), max_size=len(x))))
     params, state = data.draw(norms((2,), scale=scale))
-    # The sums of a masked part, and of many parts, are about a mean that is rounded.
+    # With a mask or with many parts, sums are taken about a rounded mean.
     batch = Batch(x, -1, mask, rounding=4 * UNIT["float32"])
     assume(batch.fits())
     out, new_state = norm_on(number)(params, state, x, mask)

@@ -1,4 +1,4 @@
-"""How far batch renormalization may correct: numbers, traced values, and schedules of the count of updates."""
+"""Bounds of batch renormalization: numbers, traced values, and schedules of the count of updates."""
 
 import inspect
 
@@ -14,7 +14,7 @@ import jbn
 
 
 def test_default_bounds_are_those_published():
-    """1 and 0 for 5,000 updates, 3 at 40,000 and 5 at 25,000 (Ioffe 2017, section 4.2), as optax has them."""
+    """1 and 0 for 5,000 updates, then 3 at 40,000 and 5 at 25,000 (Ioffe 2017, section 4.2), compared with optax."""
     r_max, d_max = jbn.renorm.r_max(), jbn.renorm.d_max()
     expected_r = optax.linear_schedule(1.0, 3.0, 35_000, 5_000)
     expected_d = optax.linear_schedule(0.0, 5.0, 20_000, 5_000)
@@ -70,9 +70,9 @@ def by_a_condition(count):
 PARAMS, STATE = jbn.init(3)
 renorm = partly(jbn.batch_renorm, params=PARAMS, state=STATE, x=np.ones((8, 16, 3), np.float32), train=True)
 BOUNDS = {
-    "r_max below 1": Refused(renorm(r_max=0.5), ValueError, "r_max", "is 0.5", "of at least 1; inf is no bound"),
+    "r_max below 1": Refused(renorm(r_max=0.5), ValueError, "r_max", "is 0.5", "of at least 1; inf means no bound"),
     "d_max negative": Refused(renorm(d_max=-1), ValueError, "d_max", "is -1.0", "expected a number of at least 0"),
-    "r_max nan": Refused(renorm(r_max=np.nan), ValueError, "r_max", "is nan", "inf is no bound"),
+    "r_max nan": Refused(renorm(r_max=np.nan), ValueError, "r_max", "is nan", "inf means no bound"),
     "d_max a text": Refused(renorm(d_max="5"), TypeError, "d_max", "is '5'", "such as jbn.renorm.d_max()"),
     "r_max None": Refused(renorm(r_max=None), TypeError, "r_max", "is None", "such as jbn.renorm.r_max()"),
     "r_max at inference": Refused(
@@ -86,14 +86,14 @@ BOUNDS = {
         renorm(r_max=jbn.renorm.d_max), TypeError, "r_max", "renorm.d_max itself", "as in jbn.renorm.d_max(...)"
     ),
     "gives channels": Refused(
-        renorm(d_max=lambda count: np.ones(3)), TypeError, "d_max", "gives array(", "to a number"
+        renorm(d_max=lambda count: np.ones(3)), TypeError, "d_max", "returns array(", "to a number"
     ),
     "by a Python condition": Refused(
         renorm(r_max=by_a_condition),
         TypeError,
         "r_max",
         "boolean conversion",
-        "Write jnp.where or jax.lax.cond for `if`",
+        "Use jnp.where or jax.lax.cond instead of `if`",
     ),
 }
 SCHEDULES = {
@@ -101,7 +101,7 @@ SCHEDULES = {
     "limit negative": Refused(lambda: jbn.renorm.d_max(-1.0), ValueError, "limit", "is -1.0", "of at least 0"),
     "limit a text": Refused(lambda: jbn.renorm.d_max("a"), TypeError, "limit", "is 'a'", "a number of at least 0"),
     "limit infinite": Refused(
-        lambda: jbn.renorm.d_max(np.inf), ValueError, "limit", "is inf", "For no bound give d_max=inf"
+        lambda: jbn.renorm.d_max(np.inf), ValueError, "limit", "is inf", "For no bound, pass d_max=inf"
     ),
     "limit traced": Refused(
         jitted(jbn.renorm.r_max, limit=3.0), TypeError, "limit", "is traced", "a Python number such as 3.0"

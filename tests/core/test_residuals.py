@@ -1,4 +1,4 @@
-"""What stays in memory from the forward to the backward pass: the input, and vectors."""
+"""The backward pass stores only the input, and vectors."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import jbn
 
 
 def residuals(function, *args):
-    """The arrays that stay alive between the forward and the backward pass."""
+    """The arrays that the forward pass stores for the backward pass."""
     return jax.tree.leaves(jax.eval_shape(lambda *args: jax.vjp(function, *args)[1], *args))
 
 

@@ -1,4 +1,4 @@
-"""Norms inside of jax.shard_map, beside what users would write with lax.pmean, and with values of all kinds."""
+"""Norms inside jax.shard_map: compared with lax.pmean of means, and with arguments that differ over devices."""
 
 import functools
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.devices(8)
 
 
 def pmean_variance(x, mask):
-    """The variance as common examples share it: E[x^2] - E[x]^2, where each device weighs the same in either mean."""
+    """The variance as in common examples: E[x**2] - E[x]**2, with equal weights of the devices in both means."""
     w = mask[:, None].astype(jnp.float32)
     n = jnp.maximum(w.sum(0, keepdims=True), 1.0)
     x = jnp.where(mask[:, None], x, 0.0)
@@ -69,7 +69,7 @@ def test_pmean_of_means_is_wrong_elsewhere(rng, case):
     ],
 )
 def test_values_that_differ_over_devices_raise_no_error_and_give_finite_gradients(rng, varying, axis_name, activation):
-    """With check_vma, jax refuses such a meeting where one is not cast; here one only of the values differs."""
+    """With check_vma, JAX refuses to combine values that differ over devices with others, unless they are cast."""
     x = rng.normal(size=(16, 3)).astype(np.float32)
     own = np.arange(1, 9, dtype=np.float32)
     valid = np.arange(16) % 5 > 0
@@ -127,7 +127,7 @@ def test_shared_statistics_take_half_precision_params(rng):
 
 
 def test_unbiased_variance_of_shards_of_different_sizes(rng):
-    """Of all values, over one less than their number, whatever a device has of them."""
+    """The squared deviations of all values are divided by their total number minus one."""
     sizes = np.array([1, 0, 2, 30, 3, 9, 1, 100])
     means = 10.0 ** np.arange(-4, 4)
     x = (rng.normal(size=(8, 100, 3)) * means[:, None, None] + means[:, None, None]).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Automatic and explicit sharding: however a batch is split, its results are those of one device, split as it is."""
+"""Automatic and explicit sharding: for any split of the batch, results equal one device's and are split like it."""
 
 import functools
 
@@ -33,7 +33,7 @@ one_step = compiled(step)
 
 
 def assert_one_device(result, params, x, mask, cotangent, **options):
-    """The results of the oracle, for the running statistics of jbn.init and a momentum of 0.5."""
+    """Results equal the reference, for the running statistics of jbn.init and momentum 0.5."""
     expected = reference.batch_norm(x, *params, cotangent, mask=mask, **options)
     mean, var = reference.update(0, 1, expected, 0.5)
     assert_close(result.out, expected.out, scale=5)
@@ -45,7 +45,7 @@ def assert_one_device(result, params, x, mask, cotangent, **options):
 
 
 def make_batch(rng, masked):
-    """Far from 0, in order of the means of the examples; what is not valid is NaN."""
+    """A batch far from 0 whose examples have increasing means; masked values are NaN."""
     x = (rng.normal(size=(8, 8, 4, 16)) + 1e4 + np.arange(8)[:, None, None]).astype(np.float32)
     mask = rng.random((8, 8, 4)) < 0.3 if masked else None
     if masked:
@@ -63,7 +63,7 @@ def make_batch(rng, masked):
     ],
 )
 def test_any_split_of_the_batch_gives_the_results_of_one_device(rng, kind, split, masked):
-    """The features of params and state are split as those of the batch."""
+    """Params and state are split like the features of the batch."""
     params, x, mask, cotangent = make_batch(rng, masked)
     mesh = devices_of(GRID, axis_types=(kind, kind))
     features = P(*SPLITS[split][3:])
@@ -92,7 +92,7 @@ def test_explicit_sharding_needs_no_mesh_around_it(rng, split, masked):
 
 
 def test_replicated_state_stays_replicated_where_features_are_split(rng):
-    """Or it could not be carried through a loop."""
+    """Otherwise a loop could not carry it."""
     x = rng.normal(size=(8, 8, 4, 16)).astype(np.float32) + 3
     params, state = jbn.init((8, 16))
     result = under_explicit_sharding(params, state, x, feature_axis=(1, 3))
@@ -113,7 +113,7 @@ def test_ghost_batches_of_split_features_leave_the_state_replicated(rng):
 
 
 def under_explicit_sharding(params, state, x, **options):
-    """A step by a replicated state, of a batch whose examples and second axis are split."""
+    """A step from a replicated state on a batch whose first and second axes are split."""
     mesh = devices_of({"rows": 2, "columns": 4}, axis_types=EXPLICIT)
     with jax.set_mesh(mesh):
         split = jax.device_put(x, NamedSharding(mesh, P("rows", "columns")))
@@ -121,13 +121,13 @@ def under_explicit_sharding(params, state, x, **options):
         result = compiled(program)(params, state, split, None, split)
         types = jax.eval_shape(program, params, state, split, None, split)
     assert jax.typeof(result.out) == jax.typeof(result.dx) == jax.typeof(split)
-    # By their types in the program: XLA may leave what it gives back split.
+    # The types in the program are checked, since XLA may leave the results split.
     assert not any(any(leaf.sharding.spec) for leaf in (*types.new_state, *types.gradients) if leaf.sharding)
     return result
 
 
 def ghosts_on_devices(size):
-    """Of 16 examples that are spread over 8 devices."""
+    """The types of x and of the output, for 16 examples on 8 devices."""
     mesh = devices_of({"devices": 8}, axis_types=(AxisType.Explicit,))
     x = jax.device_put(jnp.ones((16, 3)), NamedSharding(mesh, P("devices")))
 

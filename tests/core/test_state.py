@@ -1,4 +1,4 @@
-"""The state: init, update and unset, and what a state keeps."""
+"""The state: init, update and unset, copies and dtypes."""
 
 import copy
 import functools
@@ -106,7 +106,7 @@ def test_a_state_of_two_dtypes_keeps_them(x64, rng, mean, var):
 
 
 def test_a_schedule_sees_an_averaged_count_rounded_up(rng):
-    """An average of states, of two counts of 1 or by weights that are rounded, trains on under a schedule."""
+    """Averages of states, also with rounded weights, can be trained further under a schedule."""
     moments, counts = batch(rng), np.float32([1.0, 2.5, 2.9999998])
     new = jbn.update(STATE._replace(count=counts), moments, momentum=lambda count: count.astype(jnp.float32) / 4)
     assert_close(new.mean, np.float64(moments.mean) * [3 / 4, 1 / 4, 1 / 4])
@@ -114,7 +114,7 @@ def test_a_schedule_sees_an_averaged_count_rounded_up(rng):
 
 
 def test_a_schedule_sees_one_int32_scalar(rng):
-    """So that optax's interpolations, lax.cond and tables work in it, whatever the shape of the features."""
+    """So interpolating optax schedules, lax.cond and tables work in a schedule, for any feature shape."""
     seen, table = [], jnp.array([0.0, 0.5, 1.0])
 
     def schedule(count):
@@ -129,7 +129,7 @@ def test_a_schedule_sees_one_int32_scalar(rng):
 
 
 def test_averages_of_states_inside_a_loop_keep_their_dtypes_and_train_on(rng):
-    """A target network's, by optax, and that of replicas, by pmean: under a schedule, which reads the count."""
+    """Averages for a target network by optax, and over replicas by pmean, with a schedule that reads the count."""
     batches = rng.normal(size=(5, 2, 16, 3)).astype(np.float32) + 3
     step = functools.partial(jbn.update, momentum=jbn.momentum.cumulative())
 
@@ -285,7 +285,7 @@ def test_the_count_stays_at_the_last_whole_number_that_float32_can_count_to_and_
 
 @pytest.mark.parametrize("field", ["mean", "var"])
 def test_a_feature_that_is_not_finite_keeps_its_state_and_the_others_move(rng, field):
-    """The same beside a feature of the state that is lost already: it stays lost, and where it is."""
+    """Also if another feature of the state is not finite already: that feature does not change."""
     good = batch(rng)
     bad = good._replace(**{field: getattr(good, field).at[1].set(jnp.nan)})
     for start in (STATE, STATE._replace(mean=jnp.array([jnp.nan, 0.0, 0.0]), var=jnp.array([1.0, 1.0, jnp.inf]))):

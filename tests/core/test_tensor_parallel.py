@@ -1,4 +1,4 @@
-"""Features split over devices: parameters and statistics are split alike, and nothing is sent between them."""
+"""Features split over devices: parameters and statistics are split too, and features send nothing to each other."""
 
 import math
 import re
@@ -24,7 +24,7 @@ REPLICAS = re.compile(r"replica_groups=(\{\{.*?\}\}|\[[\d,]+\]<=\[[\d,]+\](?:T\(
 
 
 def drawn(rng, examples=16):
-    """Parameters, statistics that were moved before, a batch far from 0, and a mask by example and feature."""
+    """Parameters, running statistics, a batch far from 0, and a mask of the shape of x."""
     params = jbn.Params(*(jnp.asarray(rng.normal(size=FEATURES), jnp.float32) for _ in range(2)))
     state = jbn.State(jnp.arange(8.0), jnp.arange(1.0, 9.0), jnp.full(FEATURES, 3.0))
     x = jnp.asarray(rng.normal(size=(examples, 5, FEATURES)) + 100, jnp.float32)
@@ -44,20 +44,20 @@ def step(params, state, x, mask, **options):
 
 
 def mapped(mesh, masked, groups):
-    """The step inside of shard_map, which tracks what varies over which axis."""
+    """The step inside shard_map with check_vma."""
     specs = SPLIT, SPLIT, WHOLE, WHOLE if masked else P()
     out_specs = WHOLE, P("data", "model") if groups else SPLIT, (SPLIT, WHOLE)
 
     def local(params, state, x, mask):
         out, new, gradients = step(params, state, x, mask, axis_name="data", axis_index_groups=groups)
-        # Groups have statistics of their own, which differ over the axis.
+        # The statistics of groups differ over the axis, so they get an axis of their own.
         return out, jax.tree.map(lambda leaf: leaf[None], new) if groups else new, gradients
 
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out_specs)
 
 
 def replicas(text):
-    """The devices that each collective of a compiled program joins, in the three ways to write them."""
+    """The groups of devices of each collective in a compiled program, from the three notations of XLA."""
     for written in REPLICAS.findall(text):
         if written.startswith("{"):
             yield from ([int(device) for device in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", written))

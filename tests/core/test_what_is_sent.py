@@ -1,4 +1,4 @@
-"""How often and how much a norm over many devices sends, read off programs that are compiled for CPU devices."""
+"""How often and how much a norm sends between devices, read from programs that are compiled for CPU devices."""
 
 import functools
 import math
@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.cpu, pytest.mark.devices(8)]
 
 
 def counts(*args, **options):
-    """How often the network sends in the forward pass and in the backward pass."""
+    """The number of collectives in the forward and in the backward pass."""
     return tuple(map(len, sent_by_network(*args, **options)))
 
 
@@ -40,7 +40,7 @@ AUTOMATIC = [("rows", True), ("sequences", True), ("examples", False)]
 
 @pytest.mark.parametrize(("cut", "masked"), AUTOMATIC)
 def test_automatic_sharding_sends_a_center_as_well(cut, masked):
-    """A row of the data, or the mean of the valid values, whose number is counted once for all layers."""
+    """The center is a row of the data, or the mean of the valid values. All layers share one sum that counts these."""
     assert sum(counts(jbn_layer, None, cut, masked)) == 3 * LAYERS + (1 if masked else 0)
 
 
@@ -55,7 +55,7 @@ def test_what_is_sent_does_not_grow_with_the_batch(axis_name, cut, masked):
 
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
 def test_ghost_batches_send_running_statistics_alone(masked):
-    """Vectors of the features, however many ghost batches there are; their derivative is within each device."""
+    """Vectors of the feature shape are sent, for any number of ghost batches. The backward pass sends nothing."""
     found = sent_by_network(functools.partial(jbn_layer, ghost_batch_size=2), None, "examples", masked)
     sizes = [
         math.prod(map(int, shape.split(","))) for sums in found.forward for shape in re.findall(r"\[([\d,]+)\]", sums)
@@ -65,7 +65,7 @@ def test_ghost_batches_send_running_statistics_alone(masked):
 
 
 def test_features_that_are_split_have_local_statistics():
-    """Nothing is sent, since each feature keeps or changes its own state."""
+    """Nothing is sent, since each feature is updated on its own."""
     mesh = devices_of({"devices": 8})
     x = jax.device_put(jnp.ones((16, 4, 32)), NamedSharding(mesh, P(None, None, "devices")))
     args = jax.device_put(jbn.init(32)[0], NamedSharding(mesh, P("devices")))
@@ -77,7 +77,7 @@ def test_features_that_are_split_have_local_statistics():
     ("groups", "rows"), [(None, 8), ([[0, 1], [2, 3], [4, 5], [6, 7]], 2), ([[0, 1, 2], [3, 4, 5, 6, 7]], 8)]
 )
 def test_a_group_sends_a_row_for_each_member(groups, rows):
-    """Of mean's shift and offset, variance and count; where the groups differ in size, for each place on the axis."""
+    """A row has shift, offset, variance and count. Groups of different sizes send a row for each place on the axis."""
     one_device = functools.partial(jbn.moments, axis_name="devices", axis_index_groups=groups)
     mapped = jax.shard_map(
         one_device, mesh=devices_of({"devices": 8}), in_specs=P("devices"), out_specs=P(), check_vma=False
@@ -87,7 +87,7 @@ def test_a_group_sends_a_row_for_each_member(groups, rows):
 
 @pytest.mark.slow
 def test_the_script_that_counts_for_a_whole_network_finds_what_each_part_sends(monkeypatch, capsys):
-    """Of one block instead of sixteen, five norms: that of the block's shortcut is sent with the one beside it."""
+    """With one block instead of sixteen: five norms, of which the shortcut's is sent together with another one."""
     monkeypatch.setattr(shared_cost, "GROUP", 2)
     groups_and_flax = shared_cost.cases(4)[1::2]
     monkeypatch.setattr(shared_cost, "cases", lambda devices: groups_and_flax)
@@ -97,7 +97,7 @@ def test_the_script_that_counts_for_a_whole_network_finds_what_each_part_sends(m
     table = [dict(zip(head, row, strict=True)) for row in rows]
     counts = [[int(row[part]) for part in (*shared_cost.PARTS, "all")] for row in table]
     assert [row["statistics"] for row in table] == ["jbn, groups of 2", "Flax, all share"]
-    # Within groups, jbn's backward sums are not yet the gradients of scale and bias.
+    # In groups, the sums of jbn's backward pass cannot also serve as the gradients of scale and bias.
     assert counts == [[4, 4, 2, 10], [4, 3, 2, 9]]
 
 

@@ -1,4 +1,4 @@
-"""Whatever is given for an argument, either it is taken, or the error is jbn's own and names an argument."""
+"""Any value for an argument is accepted, or jbn itself raises an error that names an argument."""
 
 import functools
 import traceback
@@ -65,7 +65,7 @@ SHARING = "axis_name axis_index_groups"
 MOMENTS = jbn.Moments(STATE.mean, STATE.var, np.full(3, 8, np.float32))
 KERNEL = np.ones((4, 3), np.float32)
 CALLS = [
-    # a function, what it is usually given, and the arguments that are given each of the kinds in turn
+    # A function, its usual arguments, and the names of the arguments to replace by each of KINDS.
     (jbn.batch_norm, TRAINING, f"{SHARED} {SHARING} train momentum ghost_batch_size"),
     (jbn.batch_renorm, TRAINING, "r_max d_max running_var"),
     (jbn.normalize, NORM, SHARED),
@@ -86,13 +86,13 @@ CALLS = [
 
 
 def foreign_error(call):
-    """The error of a call, unless it is raised by jbn's own code and names an argument."""
+    """The error of a call, or None if there is none, or if jbn's own code raises it and it names an argument."""
 
     def without_result():
         call()
 
     try:
-        # Every check is of shapes, dtypes and Python values, so that nothing has to be compiled.
+        # The checks need only shapes, dtypes and Python values, so nothing has to be compiled.
         jax.eval_shape(without_result)
     except Exception as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)

@@ -163,7 +163,7 @@ REFUSED = {
         "static_argnames='use_running",
     ),
     "mask": Refused(
-        lambda: call(mask=np.ones(5, bool)), ValueError, "mask", "has shape (5,)", "expected (8,), or (8, 3)"
+        lambda: call(mask=np.ones(5, bool)), ValueError, "mask", "has shape (5,)", "expected (8,) or (8, 3)"
     ),
     "momentum": Refused(lambda: call(momentum=2), ValueError, "momentum", "is 2.0", "expected a number in [0, 1]"),
     "dtype": Refused(lambda: call(dtype=jnp.int32), TypeError, "dtype", "is int32", "expected one of float32, float64"),

@@ -1,4 +1,4 @@
-"""How far rounding may take a norm of a drawn batch from the formula: a bound of each entry."""
+"""Bounds, per entry, of the rounding error of a norm on a drawn batch."""
 
 import numpy as np
 
@@ -6,12 +6,12 @@ from support.tolerances import FLUSHED, SUM, UNIT
 
 
 def condition(batch, expected, epsilon=1e-5):
-    """How far out the shift can be, being a value of the data, in standard deviations, with the rank of x."""
+    """The largest distance of a shift that is a value of the data, in standard deviations, with the rank of x."""
     return batch.over_x(batch.spread() / np.sqrt(expected.var + epsilon))
 
 
 def assert_within(actual, expected, bound):
-    """NumPy's test takes no arrays of bounds."""
+    """assert_allclose with an array of bounds, which NumPy's does not take."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     bound = np.broadcast_to(bound, expected.shape)
     wrong = ~(np.abs(actual - expected) <= bound)
@@ -42,6 +42,6 @@ def mean_bound(batch, expected, *others, dtype="float32"):
 
 def var_bound(batch, *others, dtype="float32"):
     largest = np.max([batch.spread() ** 2, *others], axis=0)
-    # The reference computes in float64 too, and rounds the mean.
+    # The reference is computed in float64, and also rounds the mean.
     rounding = SUM * UNIT["float64"] * np.max(np.abs(np.float64(batch.x)), where=batch.valid, initial=0)
     return SUM * UNIT[dtype] * largest + rounding**2 + FLUSHED

@@ -1,4 +1,4 @@
-"""Linen models of several norms, and their steps as `jbn.calibrate` takes them."""
+"""Linen models of several norms, and their steps for `jbn.calibrate`."""
 
 import jax
 import numpy as np
@@ -14,7 +14,7 @@ def initialized(model, x):
 
 
 def linen_model(norms, **options):
-    """Norms of the given classes one after the other, with something between them."""
+    """Norms of the given classes in sequence, each between a dense layer and relu."""
 
     class Model(linen.Module):
         @linen.compact

@@ -1,4 +1,4 @@
-"""Command lines that end in an error: exit status 2, the option, what it got, how to mend it, and no file changed."""
+"""Command lines that end in an error: exit status 2, the option, what it got, how to fix it, and no file changed."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,7 +10,7 @@ def nothing() -> None:
 
 
 class Refused(NamedTuple):
-    """What is written on the command line, what its error says, and what makes the files that are there before."""
+    """A command line, the parts of its error message, and a function that creates the files it starts with."""
 
     command: str
     option: str

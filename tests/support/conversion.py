@@ -1,4 +1,4 @@
-"""What the tests of conversion share: comparisons, and a small network whose weights other libraries give."""
+"""For the tests of conversion: comparisons, and a small network for the weights of other libraries."""
 
 import functools
 
@@ -27,7 +27,7 @@ def assert_same_prediction(actual, expected, case=""):
 
 
 def assert_bit_equal(actual, expected):
-    """Mappings of the same keys, whose arrays have the same bits."""
+    """The mappings have the same keys, and their arrays are bit-equal."""
     actual, expected = (dict(tree) for tree in (actual, expected))
     assert sorted(actual) == sorted(expected)
     for name, e in expected.items():
@@ -37,9 +37,9 @@ def assert_bit_equal(actual, expected):
 
 
 def assert_predicts_and_trains(norm, stored, x, *, rule, **options):
-    """A converted norm does what the formulas say of the arrays that were stored: scale, bias, mean, var.
+    """A converted norm agrees with the formulas for the stored arrays: scale, bias, mean, var.
 
-    `rule` is what `reference.update` takes: momentum and the kind of variance.
+    `rule` is the momentum and the running_var for `reference.update`.
     """
     scale, bias, mean, var = stored
     axis, epsilon = options["feature_axis"], options["epsilon"]
@@ -60,9 +60,9 @@ def assert_predicts_and_trains(norm, stored, x, *, rule, **options):
 
 
 def network(convolutions, dense, *, layout, **options):
-    """Two convolutions, each with norm and relu; the mean over places; a dense layer.
+    """Two convolutions, each with norm and relu; the mean over positions; a dense layer.
 
-    A function of norms, images and train, that gives the output and the new states.
+    A function of norms, images and train, which returns the output and the new states.
     """
     channels = layout[0].index("C")
 

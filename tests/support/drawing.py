@@ -1,7 +1,7 @@
-"""What hypothesis draws: batches of any layout, dtype, scale and offset, masks, and norms for them.
+"""Hypothesis strategies for batches of any layout, dtype, scale and offset, for masks, and for norms.
 
-Each new shape or dtype is compiled, so shapes come from a table, and everything else is free. The profile `quick` takes
-a few of them, `thorough` the whole table in each dtype, and `free_shapes` draws shapes too.
+Each new shape or dtype is compiled, so shapes come from a table, and everything else is arbitrary. The profile `quick`
+takes a few shapes, `thorough` the full table in each dtype, and `free_shapes` draws arbitrary shapes.
 """
 
 from typing import NamedTuple
@@ -44,7 +44,7 @@ FLOATS = {"float32": np.float32, "float64": np.float64, "bfloat16": ml_dtypes.bf
 LAST_COUNT = 2**24
 MOMENTA = st.one_of(st.sampled_from([0.0, 0.5, 0.99, 1.0]), st.floats(0, 1))
 COUNTS = st.one_of(st.integers(0, 99), st.integers(0, LAST_COUNT), st.just(LAST_COUNT))
-"""float32 counts to 2**24, and stays there."""
+"""A float32 count stays at 2**24 when it gets there."""
 RUNNING_VAR = st.sampled_from(["biased", "unbiased", "total"])
 
 
@@ -53,7 +53,7 @@ class Batch(NamedTuple):
     feature_axis: int | tuple[int, ...]
     mask: np.ndarray | None
     rounding: float = 0.0
-    """By how much, relative to the values, a center that is computed may be beside them all."""
+    """How far a computed center may be outside the range of the values, relative to the values."""
 
     @property
     def reduced(self):
@@ -78,7 +78,7 @@ class Batch(NamedTuple):
         return np.expand_dims(np.asarray(vector, np.float64), self.reduced)
 
     def spread(self):
-        """The largest valid value of each feature less the smallest: no center is further from a value."""
+        """The largest valid value of each feature minus the smallest: no center is further from a value."""
         x = np.asarray(self.x, np.float64)
         highest = np.max(x, axis=self.reduced, where=self.valid, initial=-np.inf)
         lowest = np.min(x, axis=self.reduced, where=self.valid, initial=np.inf)
@@ -100,7 +100,7 @@ def _free_layouts(draw):
 
 
 def few(quickly, otherwise):
-    """The first strategy in the profile `quick`, where there is no time for many programs."""
+    """The first strategy in the profile `quick`, which has no time to compile many programs."""
     return st.deferred(lambda: quickly if settings.get_current_profile_name() == "quick" else otherwise)
 
 
@@ -123,7 +123,7 @@ def arrays(shape, bound=4):
 
 @st.composite
 def batches(draw, dtypes=("float32", "bfloat16", "float16"), smallest=-30, largest=15, masked=None):
-    """Values of a scale of 10**smallest to 10**largest, with offsets of up to a million times that."""
+    """Values with a scale of 10**smallest to 10**largest, and offsets of up to a million times the scale."""
     shape, feature_axis, dtype = draw(layouts(dtypes))
     dtype = FLOATS[dtype]
     limits = ml_dtypes.finfo(dtype)
@@ -150,11 +150,11 @@ def norms(draw, features, dtype="float32", scale=1.0):
 
 
 def next_count(count):
-    """The count of each feature that moves."""
+    """The count after an update."""
     return np.minimum(count + 1, np.float32(LAST_COUNT))
 
 
 def arithmetic(batch):
-    """The dtype to compute in, and JAX told to allow it."""
+    """The arithmetic dtype of a batch, and a context in which JAX allows it."""
     double = batch.x.dtype == np.float64
     return ("float64" if double else "float32"), jax.enable_x64(double)

@@ -1,4 +1,4 @@
-"""Small Flax models that take either library's norm, and comparisons of what they give."""
+"""Small Flax models with jbn's or Flax's norm, and comparisons of their results."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ def normal(rng, *shape):
 
 
 def both(module):
-    """A class of ours and Flax's of the same name, to be put into the same model."""
+    """jbn's class and Flax's class of the same name, to use in the same model."""
     return {"linen": (jbn.linen.BatchNorm, nn.BatchNorm), "nnx": (jbn.nnx.BatchNorm, nnx.BatchNorm)}[module]
 
 

@@ -1,4 +1,4 @@
-"""Norms to fold into a layer, and what is drawn for it."""
+"""Random norms to fold into a layer."""
 
 import numpy as np
 

@@ -20,7 +20,7 @@ FAR = 1e3
 
 
 def ill_conditioned(rng, rows, ratio, case):
-    """Input of spread 1 about a mean of `ratio`, and a mask of a hundredth, the rest NaN, where the case says so."""
+    """Input of spread 1 about the mean `ratio`; in masked cases, a mask of one in a hundred rows, and NaN elsewhere."""
     x = (rng.normal(size=(rows, 4)) + ratio).astype(np.float32)
     mask = None
     if "masked" in case:

@@ -15,13 +15,13 @@ from support import compilation
 
 CLASSES = 10
 STAGES = 4
-"""Of a ResNet-18. The first two have all kinds of layers and connections, and compile in a third of the time."""
+"""The stages of a ResNet-18. The first two have all kinds of layers, and compile in a third of the time."""
 LEARNING_RATE = 0.05
 compiled = functools.partial(compilation.compiled, static_argnums=0)
 
 
 def strides_and_features(width, stages):
-    """Of each block: two to a stage, the first of which halves the image after the first stage."""
+    """Stride and features of each block: two per stage; from the second stage on, the first block halves the image."""
     return [(2 if stage > 0 and block == 0 else 1, width * 2**stage) for stage in range(stages) for block in range(2)]
 
 
@@ -153,7 +153,7 @@ def nnx_network(norm, **options):
 @compiled
 def initialized(network):
     """Parameters and running statistics, the same for every norm."""
-    # To draw by XLA's own generator compiles in a fraction of the time.
+    # XLA's own random generator compiles in a fraction of the time.
     return network.init(jax.random.key(0, impl="unsafe_rbg"))
 
 
@@ -163,7 +163,7 @@ def inferred(network, params, batch_stats, images):
 
 
 class Step(NamedTuple):
-    """What a training step gives: the loss, the new running statistics, and the gradients of the parameters."""
+    """Results of a training step: the loss, the new running statistics, and the gradients of the parameters."""
 
     loss: Any
     batch_stats: Any
@@ -182,12 +182,12 @@ def differentiated(network, params, batch_stats, images, labels):
 
 
 def descended(params, gradients):
-    """By one step of gradient descent, in NumPy, which compiles nothing for each leaf."""
+    """One step of gradient descent, in NumPy, so that nothing is compiled for each leaf."""
     return jax.tree.map(lambda *pair: np.asarray(pair[0]) - LEARNING_RATE * np.asarray(pair[1]), params, gradients)
 
 
 def batches(sizes, steps, seed=0):
-    """Handwritten digits of 8 x 8 pixels, in batches of the sizes in turn."""
+    """Batches of handwritten digits of 8 x 8 pixels, whose sizes cycle through `sizes`."""
     digits = data.load().train
     rng = np.random.default_rng(seed)
     for step in range(steps):

@@ -1,4 +1,4 @@
-"""NNX norms of either library, their calls under jit, and comparisons of their variables."""
+"""NNX norms of jbn and Flax, their calls under jit, and comparisons of their variables."""
 
 import jax
 import numpy as np

@@ -12,7 +12,7 @@ batch_norm = jax.jit(jbn.batch_norm, static_argnames=OPTIONS)
 
 
 class Passes(NamedTuple):
-    """What a training step computes of a norm: forward, and backward from a cotangent of the output."""
+    """Results of a norm in a training step: forward, and backward from a cotangent of the output."""
 
     out: jax.Array
     new_state: jbn.State
@@ -24,7 +24,7 @@ class Passes(NamedTuple):
 def forward_and_backward(
     params: jbn.Params, state: jbn.State, x: Any, cotangent: Any, mask: Any = None, **options: Any
 ) -> Passes:
-    """Both passes of a norm whose new state is that of the batch alone."""
+    """Both passes of a norm with momentum 0, whose new state holds only the batch."""
 
     def forward(params, x):
         return jbn.batch_norm(params, state, x, True, momentum=0.0, mask=mask, **options)

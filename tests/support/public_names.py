@@ -1,4 +1,4 @@
-"""The names that jbn promises: every public function and class, by the way that a user writes it."""
+"""The public names of jbn: every public function and class, by the name that a user writes."""
 
 import inspect
 from types import ModuleType
@@ -32,7 +32,7 @@ DOCUMENTED = {**PUBLIC, **METHODS}
 
 
 def kind_of(name: str) -> str:
-    """What a name stands for: "function", "method", "tuple" (a NamedTuple), or a module of Flax's "linen" or "nnx"."""
+    """The kind of a name: "function", "method", "tuple" (a NamedTuple), or "linen" or "nnx" for a Flax module."""
     if name in METHODS:
         return "method"
     if inspect.isfunction(PUBLIC[name]):
@@ -41,5 +41,5 @@ def kind_of(name: str) -> str:
 
 
 def called(name: str) -> Any:
-    """The function whose signature is that of a name: of a Flax module, its constructor."""
+    """The function with the signature of a name; for a Flax module, its constructor."""
     return DOCUMENTED[name].__init__ if kind_of(name) in ("linen", "nnx") else DOCUMENTED[name]

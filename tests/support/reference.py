@@ -24,7 +24,7 @@ def feature_axes(feature_axis, ndim):
 
 
 def rows(array, feature):
-    """The array as (rows, features...), and the way back."""
+    """The array as (rows, features...), and a function that reverses this."""
     reduced = [axis for axis in range(array.ndim) if axis not in feature]
     order = [*reduced, *feature]
     moved = np.transpose(array, order)
@@ -80,7 +80,7 @@ def update(mean, var, batch: Reference, momentum, running_var="biased"):
 
 
 def plain(params, x, *, mask=None, epsilon=1e-5, activation=None, groups=1, shortcut=None):
-    """Training output for features last, as the formula says, for plain automatic differentiation."""
+    """Training output by the formula, with features last, for automatic differentiation."""
     if groups > 1:
         options = {"epsilon": epsilon, "activation": activation}
         given = {"x": x, "mask": mask, "shortcut": shortcut}

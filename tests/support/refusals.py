@@ -1,4 +1,4 @@
-"""Bad input: calls that end in an error, and what the error has to say."""
+"""Bad input: calls that raise an error, and what its message must contain."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -11,11 +11,11 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 TRACED = ("params", "state", "x", "mask", "shortcut", "moments", "kernel", "bias")
-"""The arguments that are traced when a call is made inside of a transformation."""
+"""The arguments that are traced when a call is made inside a transformation."""
 
 
 class Refused(NamedTuple):
-    """A call, its error, and what the message has: the argument in backticks, what it got, and how to mend it."""
+    """A call, its error, and parts of the message: the argument in backticks, what it got, and how to fix it."""
 
     call: Callable[[], Any]
     error: type[Exception]
@@ -30,7 +30,7 @@ def partly(function, **usual):
 
 
 def jitted(call, **traced):
-    """The call inside of jit, with these arguments traced."""
+    """The call inside jit, with these arguments traced."""
     return lambda: jax.jit(lambda traced: call(**traced))(traced)
 
 
@@ -58,7 +58,7 @@ def can_be_traced(value):
 
 
 def faults(call, error, parts):
-    """What is wrong with the way in which a call fails."""
+    """Differences between the error of a call and the expected one."""
     try:
         call()
     except Exception as raised:
@@ -69,7 +69,7 @@ def faults(call, error, parts):
 
 
 def assert_refused(rows: Mapping[str, Refused], *, also_traced: bool = False) -> None:
-    """Each call fails as its row says; calls that are a `functools.partial` also on traced arrays, where asked for."""
+    """Each call fails as its row says. `also_traced` also calls each `functools.partial` with traced arrays."""
     found = []
     for name, row in rows.items():
         parts = (f"`{row.argument}`", row.given, row.advice)
@@ -78,7 +78,7 @@ def assert_refused(rows: Mapping[str, Refused], *, also_traced: bool = False) ->
             continue
         arrays = {key: value for key, value in row.call.keywords.items() if key in TRACED and can_be_traced(value)}
         for transformed in (under_eval_shape, under_vmap, under_shard_map):
-            # Without `given`: what was given may be written as a tracer.
+            # `given` is left out, since the message may show a tracer instead.
             call = functools.partial(transformed, row.call, arrays)
             found += [f"{name}, {transformed.__name__}: {fault}" for fault in faults(call, row.error, parts[::2])]
     assert not found, "\n".join(found)

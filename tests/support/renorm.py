@@ -5,7 +5,7 @@ import numpy as np
 import jbn
 from support import reference
 
-# A running mean between the batch's and that of a common start, as the state of a trained network has.
+# A running mean between the mean of the batch and the initial one, as in the state of a trained network.
 RUNNING = 0.3
 FREE = {"r_max": np.inf, "d_max": np.inf}
 CLOSED = {"r_max": 1.0, "d_max": 0.0}
@@ -22,7 +22,7 @@ def case(rng, shape, feature_axis=-1, mean=3.0):
 
 
 def corrected(params, state, x, cotangent=None, *, r_max, d_max, feature_axis=-1, mask=None, epsilon=1e-5):
-    """Batch norm with r*scale for scale and d*scale + bias for bias."""
+    """Batch norm with scale r * scale and bias d * scale + bias."""
     options = {"feature_axis": feature_axis, "mask": mask, "epsilon": epsilon}
     batch = reference.batch_norm(x, **options)
     mean, var, scale, bias = (np.asarray(a, np.float64) for a in (state.mean, state.var, *params))

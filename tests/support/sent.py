@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices: read off the text of a program for a CPU."""
+"""What a compiled program sends between devices, read from the text of a program for CPUs."""
 
 import functools
 import re
@@ -28,7 +28,7 @@ SENT = re.compile(
 
 
 class Sent(NamedTuple):
-    """Shapes of what a program sends, a text for each of its all-reduces."""
+    """Shapes of what a program sends, as one string for each all-reduce."""
 
     forward: list[str]
     backward: list[str]
@@ -58,7 +58,7 @@ def flax_layer(axis_name, params, state, x, mask):
 
 
 def network(layer, weights, params, state, x, mask):
-    """Layers of matmul, norm and relu, which alone send nothing but the norm's statistics."""
+    """Layers of matmul, norm and relu, of which only the norm sends anything."""
     new_states = []
     for _ in range(LAYERS):
         x, new_state = layer(params, state, x @ weights, mask)
@@ -73,7 +73,7 @@ def forward_and_backward(layer, weights, params, state, x, mask):
 
 @functools.cache
 def sent_by_network(layer, axis_name, cut, masked, check_vma=True, times=1):
-    """What a network of such layers sends, forward and backward; for a batch that is so many times as large."""
+    """What a network of such layers sends, forward and backward, for a batch that is `times` times as large."""
     shape, split = CUTS[cut]
     shape = (*(times * size for size in shape[:-1]), FEATURES)
     mesh = devices_of({"devices": 8})

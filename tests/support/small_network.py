@@ -1,6 +1,6 @@
-"""`jbn` with a network of one narrow block in `jbn train`, which compiles soon: python -m support.small_network train
+"""`jbn train` with a network of one narrow block, which compiles fast: python -m support.small_network train
 
-What a run writes, says and takes up again does not depend on the size of its network, nor on what its picture shows.
+The files and messages of a run, and how it resumes, do not depend on the size of its network or on its picture.
 """
 
 import sys
@@ -12,7 +12,7 @@ STAGES = {"stage1": (4, 1)}
 
 
 def blank_picture(folder, options, result):
-    """In place of the picture of a run, which takes longer to draw than the run."""
+    """An empty file instead of the picture of a run, which takes longer to draw than the run."""
     path = folder / "picture.png"
     path.touch()
     return path

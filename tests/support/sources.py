@@ -15,5 +15,5 @@ TREES = {module: ast.parse(path.read_text()) for module, path in SOURCES.items()
 FILES = [*SOURCES.values(), *sorted(Path(__file__).parents[1].rglob("*.py"))]
 """The files of jbn and of tests/."""
 ON_TOP = {"__main__", "cli", "demo", "bench"}
-"""The command line, and what it runs: these may print and log."""
+"""The command line, and the packages that it runs, which may print and log."""
 LIBRARY = [module for module in SOURCES if ON_TOP.isdisjoint(module.split("."))]

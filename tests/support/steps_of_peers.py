@@ -1,6 +1,6 @@
-"""Training steps of jbn and of another library from common states, each with the condition of its rounding.
+"""Training steps of jbn and of another library from the same states, each with a condition number for its rounding.
 
-One step at a time: the other library loads jbn's state before each step, so that errors do not add up.
+Steps are compared one at a time: the other library loads jbn's state before each step, so that errors do not add up.
 """
 
 import functools
@@ -17,7 +17,7 @@ from support.tolerances import assert_close
 
 
 class Options(NamedTuple):
-    """What a program is compiled for, as jbn.batch_norm takes it."""
+    """The static arguments of a program, in the convention of jbn.batch_norm."""
 
     train: bool
     momentum: float
@@ -26,7 +26,7 @@ class Options(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What a layer is given, and the cotangent of its output."""
+    """The arrays that a layer is called with, and the cotangent of its output."""
 
     params: jbn.Params
     state: jbn.State
@@ -72,10 +72,10 @@ def jbn_result(options, call, momentum=as_it_is, running_var="biased"):
 
 
 class Peer(NamedTuple):
-    """A peer, and how its conventions are said to jbn.
+    """A peer, and its conventions as arguments for jbn.
 
-    `power` is that of mean/sd in the rounding error of its own arithmetic: 2 where the variance is E[x^2] - E[x]^2,
-    1 where the mean is rounded before it is subtracted.
+    The rounding error of its arithmetic grows with (mean / sd)**power: power is 2 if it computes the variance as
+    E[x**2] - E[x]**2, and 1 if it rounds the mean before it subtracts it.
     """
 
     result: Callable[[Options, Call], Result]
@@ -89,14 +89,14 @@ class Peer(NamedTuple):
 
 
 SIZES = {"C": 5, "D": 2, "H": 3, "W": 4}
-# Rows, momentum and epsilon of the steps in turn; few, since each is compiled. Four rows are the least, since the
-# gradient of x cancels to nothing for two.
+# Rows, momentum and epsilon, which the steps cycle through. There are few, since each is compiled. Each has at least
+# four rows, since the gradient of x cancels for two.
 BATCHES = [(9, 0.2, 1e-3), (17, 0.9, 1e-3), (40, 0.99, 1e-5)]
 BATCHES_OF = {"NC": BATCHES[::2], "NHWC": BATCHES[1:2], "NCHW": BATCHES[2:], "NCW": BATCHES[:1], "NCDHW": BATCHES[:1]}
 
 
 def options_and_call(rng, layout, state, step, train=True, masked=False):
-    """A batch with a size, scale and mean of its own, for params, a momentum and an epsilon of its own."""
+    """A random batch, with its own size, scale, mean, params, momentum and epsilon."""
     batches = BATCHES_OF[layout][-1:] if masked else BATCHES_OF[layout]
     rows, momentum, epsilon = batches[step % len(batches)]
     sizes = SIZES | {"N": rows if layout == "NC" else rows // 8}
@@ -125,7 +125,7 @@ def condition(options, call, power):
 
 
 def ten_steps(rng, layout, ours, state=None, masked=False):
-    """Each step's options and call, and jbn's result, whose state the next call starts from."""
+    """Options, call and jbn's result of each step; the next step starts from the state of the result."""
     state = jbn.init(SIZES["C"])[1] if state is None else state
     for step in range(10):
         options, call = options_and_call(rng, layout, state, step, masked=masked)
@@ -161,7 +161,7 @@ def assert_inference_equal(rng, peer):
 def assert_ten_masked_steps_equal(rng, peer, layouts):
     for layout in layouts:
         for options, call, ours in ten_steps(rng, layout, peer.ours, masked=True):
-            # The peer normalizes masked rows too; without a cotangent there, its gradients are those of the valid rows.
+            # The peer normalizes masked rows too. With cotangent 0 there, its gradients come from the valid rows only.
             valid = call.mask[..., None]
             theirs = peer.result(options, call._replace(cotangent=np.where(valid, call.cotangent, np.float32(0))))
             theirs = theirs._replace(out=np.where(valid, theirs.out, 0))

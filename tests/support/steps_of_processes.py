@@ -21,7 +21,7 @@ from jbn.demo.step import AXIS, Run, make_step
 from support import small_network
 
 STEPS, BATCH, SEED = 2, 64, 0
-"""The second step is the first with a memory of the optimizer, and statistics that are not the start's."""
+"""Only from the second step on does the optimizer have momentum, and do statistics differ from the initial ones."""
 OPTIMIZER = optax.sgd(0.1, momentum=0.9)
 
 
@@ -36,7 +36,7 @@ def fresh_run(dtype, initialized=model.init):
 
 
 def make_stepper(devices, dtype):
-    """A function of a step's number and the run before it, whose batch the processes load each in part."""
+    """A function of the number of a step and the run before it; each process loads its part of the batch."""
     mesh = Mesh(np.array(devices), (AXIS,))
     whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P(AXIS))
     share = (jax.process_index(), jax.process_count())
@@ -58,7 +58,7 @@ def main():
     jax.config.update("jax_enable_x64", dtype == "float64")
     model.STAGES = small_network.STAGES
     processes.join(Options(coordinator=coordinator, num_processes=int(count), process_id=int(process)))
-    # Only the structure: to make the numbers would take longer than the steps.
+    # Only the structure is needed; computing the numbers would take longer than the steps.
     after_step, like = make_stepper(jax.devices(), dtype), jax.eval_shape(lambda: fresh_run(dtype))
     for number in range(STEPS):
         run = serialization.from_bytes(like, (Path(folder) / f"before_{number}").read_bytes())

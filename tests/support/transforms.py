@@ -1,15 +1,14 @@
-"""One training step of a norm whose batch is spread over places, under each transformation that spreads it.
+"""One training step of a norm whose batch is split over places, under each transformation that can split it.
 
-The loss is one everywhere: sum(out * cotangent) over the whole batch. What a place adds to it is its own share, and
-each transformation has its own convention of what the gradient of that share means for scale and bias, which are not
-split:
+The loss is the same everywhere: sum(out * cotangent) over the whole batch. Each place adds its own part of the sum.
+Scale and bias are not split, and transformations differ in their gradients:
 
-- shard_map: jax sums gradients of replicated values over the mesh, so scale and bias come out complete.
-- shard_map without check_vma, pmap, vmap: each place gets what its own share contributes; their sum is the gradient.
+- shard_map: JAX sums gradients of replicated values over the mesh, so those of scale and bias are complete.
+- shard_map without check_vma, pmap, vmap: each place gets the gradient of its own part; their sum is the gradient.
 - jit, with automatic or explicit sharding: there is one loss, and gradients are complete.
 
-The gradient of x is complete under all of them: what a value does to the output of other places, by the shared
-statistics, is summed by the norm's own backward pass.
+The gradient of x is complete under all of them: a value affects the output of other places through the shared
+statistics, and the backward pass of the norm sums these effects.
 """
 
 import functools
@@ -25,7 +24,7 @@ import jbn
 
 
 class Step(NamedTuple):
-    """Results of a step; the new state has a first axis of places, or of size 1 where there is one for all."""
+    """Results of a step; the new state has a first axis of places, or of size 1 if all places have one state."""
 
     out: Any
     new_state: jbn.State
@@ -34,7 +33,7 @@ class Step(NamedTuple):
 
 
 def step(params, state, x, mask, cotangent, *, norm=jbn.batch_norm, **options):
-    """The norm's output, and the gradients of this place's share of the loss."""
+    """The norm's output, and the gradients of this place's part of the loss."""
 
     def forward(params, x):
         return norm(params, state, x, True, momentum=0.5, mask=mask, **options)

@@ -1,4 +1,4 @@
-"""A batch that is spread over places, and what each group of places has to give: that of its whole batch on one."""
+"""A batch that is split over places: each group of places must give the results of its whole batch on one place."""
 
 import contextlib
 import functools
@@ -18,13 +18,13 @@ from support.transforms import MAPPED, TRANSFORMS
 EIGHT = {"devices": 8}
 GRID = {"rows": 4, "columns": 2}
 LANES = {"devices": 8, "lanes": 4}
-"""Places by axis; in the last they are too many to send their parts whole."""
+"""Number of places by axis; LANES has too many to send all parts in one collective."""
 EVEN = ((0, 3, 5, 6), (7, 1, 2, 4))
 UNEVEN = ((0, 3, 5), (7, 1, 2, 4, 6))
 
 
 class Case(NamedTuple):
-    """A transformation that spreads a batch over places, and the groups of places that share statistics."""
+    """A transformation that splits a batch over places, and the groups of places that share statistics."""
 
     transform: str
     axes: dict[str, int] = EIGHT
@@ -45,17 +45,17 @@ CASES = {
 
 
 def marks(case):
-    """Lanes are the only places of which one device has many."""
+    """Eight devices are needed, except for the lanes of vmap, which run on one device."""
     return () if case.startswith("vmap") else pytest.mark.devices(8)
 
 
 def each(*cases):
-    """A test for each of these cases."""
+    """Run a test for each of these cases."""
     return pytest.mark.parametrize("case", [pytest.param(case, marks=marks(case)) for case in cases])
 
 
 class Batch(NamedTuple):
-    """32 examples in order of their means, so that the parts of places differ; what is not valid is NaN."""
+    """32 examples with increasing means, so that the parts of places differ; masked values are NaN."""
 
     x: jnp.ndarray
     mask: np.ndarray | None
@@ -78,7 +78,7 @@ def make_batch(rng, dtype, valid, center):
 
 @functools.cache
 def built(name):
-    """A case's step, which is compiled once for all batches that have one dtype, and a mask or none."""
+    """The step of a case; it is compiled once for each dtype, with and without a mask."""
     case = CASES[name]
     options = {"axis_index_groups": case.groups} if case.groups else {}
     options |= {"activation": jax.nn.relu} if case.has_relu else {}
@@ -86,7 +86,7 @@ def built(name):
 
 
 def assert_each_batch_is_whole(rng, name, dtype, batches):
-    """The norm of each batch, given by what is valid and by its center, under the transformation of the case."""
+    """Each batch, given by its mask and center, is normalized correctly under the transformation of the case."""
     params = jbn.Params(*(rng.normal(size=3).astype(np.float32) for _ in range(2)))
     for valid, center in batches:
         batch = make_batch(rng, dtype, valid, center)
@@ -96,7 +96,7 @@ def assert_each_batch_is_whole(rng, name, dtype, batches):
 
 @contextlib.contextmanager
 def noted(case):
-    """Where an assertion fails, the error tells the case."""
+    """Add the case to the error of a failed assertion."""
     try:
         yield
     except AssertionError as error:
@@ -105,12 +105,12 @@ def noted(case):
 
 
 def members(group, array, places):
-    """The part of an array that the places of a group hold."""
+    """The parts of an array on the places of a group."""
     return None if array is None else np.concatenate([np.split(np.asarray(array), places)[place] for place in group])
 
 
 def in_one(x, params, mask, cotangent, has_relu):
-    """The reference, with relu after it where the case has one."""
+    """The reference, followed by relu if the case has it."""
     plain = reference.batch_norm(x, *params, cotangent, mask=mask)
     if not has_relu:
         return plain
@@ -119,7 +119,7 @@ def in_one(x, params, mask, cotangent, has_relu):
 
 
 def assert_whole(result, params, batch, case):
-    """Each group equals its own batch on one device, in float64: output, state on all its places, gradients."""
+    """Output, gradients, and the state on all places of each group equal those of its batch on one place in float64."""
     dtype, places = batch.x.dtype.name, math.prod(case.axes.values())
     x, cotangent = (np.asarray(array, np.float64) for array in (batch.x, batch.cotangent))
     result, total = jax.tree.map(np.asarray, result), jbn.Params(0, 0)
@@ -135,7 +135,7 @@ def assert_whole(result, params, batch, case):
                 assert_rounded(members(group, actual, places), value, dtype)
         good = expected.count > 0
         mean, var = (np.where(good, *pair) for pair in zip(reference.update(0, 1, expected, 0.5), (0, 1), strict=True))
-        # Where there is one state for all, it has a first axis of size 1.
+        # If all places have one state, its first axis has size 1.
         held = [place % len(result.new_state.count) for place in group]
         for place in held:
             np.testing.assert_array_equal(result.new_state.count[place], good)
