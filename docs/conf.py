@@ -19,7 +19,7 @@ version = release = jbn.__version__
 
 # The source is the whole repository, so that links between pages, notebooks and files are the same here and there.
 root_doc = "docs/index"
-include_patterns = ["docs/**", "notebooks/**", "CHANGELOG.md", "CONTRIBUTING.md"]
+include_patterns = ["docs/**", "notebooks/**", "tests/PEERS.md", "CHANGELOG.md", "CONTRIBUTING.md"]
 exclude_patterns = ["docs/redirect", "docs/bench", "**/.ipynb_checkpoints"]
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon", "sphinx_copybutton"]
 
