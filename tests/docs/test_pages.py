@@ -57,7 +57,8 @@ def test_a_program_prints_what_stands_beneath_it(code, output):
 def test_every_program_of_a_page_has_its_output_and_every_link_leads_somewhere(page):
     text = page.read_text()
     assert text.count("```python") == len(PROGRAM.findall(text))
-    links = re.findall(r"\]\((?!https?:)([^)#]+)", text)
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", prose)
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
