@@ -208,7 +208,7 @@ REFUSED = {
         ValueError,
         "mean",
         "has shape (3,)",
-        "expected (4,), as x of shape (8, 4)",
+        "expected (4,), the features of x of shape (8, 4)",
     ),
     "a schedule without a count": Refused(
         lambda: applied(momentum=SCHEDULE), ValueError, "batch_stats", "no `count`", "jbn.convert.split"
@@ -218,13 +218,13 @@ REFUSED = {
         ValueError,
         "batch_stats",
         "no `count`, which a schedule reads",
-        "give numbers for schedules",
+        "use numbers instead of schedules",
     ),
     "one count for all features": Refused(
         lambda: applied(momentum=SCHEDULE, count=jnp.int32(7)), ValueError, "count", "has shape ()", "jbn.upgrade(tree)"
     ),
     "half-precision statistics": Refused(
-        lambda: applied(dtype=jnp.bfloat16), TypeError, "mean", "has dtype bfloat16", "cast the parameters alone"
+        lambda: applied(dtype=jnp.bfloat16), TypeError, "mean", "has dtype bfloat16", "cast only the parameters"
     ),
 }
 

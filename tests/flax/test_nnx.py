@@ -185,7 +185,7 @@ REFUSED = {
         ValueError,
         "bias",
         "has shape (2,)",
-        "expected (3,), as x of shape (8, 3) has it on `axis` -1",
+        "expected (3,), the features of x of shape (8, 3) on `axis` -1",
     ),
     "number of features": Refused(
         lambda: call(num_features=5.0), TypeError, "num_features", "is 5.0", "an int or a sequence of ints"
@@ -204,7 +204,7 @@ REFUSED = {
         with_one_count, ValueError, "count", "has shape ()", "jbn.upgrade(tree) gives each feature"
     ),
     "a schedule set later": Refused(
-        with_a_schedule_set_later, ValueError, "momentum", "has no `count`", "give the schedule at construction"
+        with_a_schedule_set_later, ValueError, "momentum", "has no `count`", "Give the schedule at construction"
     ),
 }
 
