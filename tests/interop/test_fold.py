@@ -194,7 +194,11 @@ REFUSED = {
     "axis": Refused(fold(output_axis=2), ValueError, "output_axis", "2 is out of range for kernel", "expected -2 to 1"),
     "axis a flag": Refused(fold(output_axis=True), TypeError, "output_axis", "is True", "an int or a sequence of ints"),
     "features": Refused(
-        fold(output_axis=0), ValueError, "params.scale", "shape (3,)", "expected (4,), as kernel of shape (4, 3) has it"
+        fold(output_axis=0),
+        ValueError,
+        "params.scale",
+        "shape (3,)",
+        "expected (4,), the features of kernel of shape (4, 3)",
     ),
     "bias": Refused(fold(bias=np.ones(4, np.float32)), ValueError, "bias", "has shape (4,)", "expected (3,)"),
     "whole kernel": Refused(

@@ -34,9 +34,9 @@ def test_a_frozen_norm_and_one_that_saw_nothing_finite_are_named_and_can_be_left
     with pytest.raises(ValueError, match="on 1 batch gave no statistics for features of 2 of 3 norms") as error:
         jbn.calibrate(step, stats, [x])
     lines = str(error.value).splitlines()[1:]
-    assert lines[0].startswith("  frozen is left as it was: it is frozen or in eval mode")
+    assert lines[0].startswith("  frozen was not updated: it is frozen or in eval mode")
     assert "`select`" in lines[0]
-    assert lines[1].startswith("  last saw no finite values: a norm named here")
+    assert lines[1].startswith("  last received no finite values: a norm before it")
     found = jbn.calibrate(step, stats, [x], select=lambda path: path != "frozen")
     np.testing.assert_array_equal(found["frozen"]["mean"], stats["frozen"]["mean"])
     assert_close(found["last"]["var"], step(jbn.unset(found) | {"frozen": stats["frozen"]}, x)["last"]["var"])

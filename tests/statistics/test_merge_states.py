@@ -190,7 +190,11 @@ REFUSED = {
     "no trees": Refused(merging(), ValueError, "merge_states", "got no trees", "such as a jbn.State"),
     "no statistics": Refused(merging(STATE, [1.0]), ValueError, "trees[1]", "no statistics", "float `mean` and `var`"),
     "other norms": Refused(
-        merging({"a": STATE, "b": STATE}, {"a": STATE, "c": STATE}), ValueError, "trees[1]", "other norms", "has b, c."
+        merging({"a": STATE, "b": STATE}, {"a": STATE, "c": STATE}),
+        ValueError,
+        "trees[1]",
+        "different norms",
+        "has b, c.",
     ),
     "other features": Refused(
         merging({"stem": STATE}, {"stem": jbn.init(2)[1]}),

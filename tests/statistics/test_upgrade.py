@@ -62,8 +62,8 @@ REFUSED = {
         lambda: jbn.upgrade({"stem": state(3, jnp.int32([1, 2]))}),
         ValueError,
         "tree",
-        "at stem: `count` has shape (2,), but `mean` (3,)",
-        "expected its first axes, or ()",
+        "at stem: `count` has shape (2,), but `mean` has (3,)",
+        "expected leading axes of `mean`, or ()",
     ),
     "no statistics": Refused(
         lambda: jbn.upgrade({"a": 1}), ValueError, "tree", "holds no statistics", "nodes that have float `mean`"
