@@ -87,7 +87,7 @@ def test_nothing_is_wrong_with_what_is_whole(tmp_path, inspected):
 def test_a_slow_average_is_still_the_start(tmp_path, inspected):
     status, lines = inspected(saved(tmp_path / "flax", {"a": GOOD, "b": GOOD}, "flax"), "--momentum", 0.99)
     assert status == 1
-    assert "61% is still the start" in "\n".join(lines)
+    assert "initial values weigh 61%" in "\n".join(lines)
 
 
 def test_statistics_that_are_far_from_the_population_are_faulty(tmp_path, inspected):

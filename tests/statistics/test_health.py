@@ -53,11 +53,11 @@ def test_health_finds_each_planted_fault():
     population = jax.tree.map(lambda leaf: leaf, {"good": good._replace(mean=jnp.array([0.5, 5.0, 0.5]))})
     assert row_of(diagnostics.health({"good": good}, population), "good")["far"] == 1
     started = diagnostics.health({"good": good}, momentum=0.99)
-    assert row_of(started, "good")["stale"] == "61% is still the start"
+    assert row_of(started, "good")["stale"] == "initial values weigh 61%"
     assert row_of(diagnostics.health({"good": good}, momentum=0.5), "good")["stale"] is None
     once = {"good": good._replace(count=jnp.ones(3))}
     assert row_of(diagnostics.health(once, momentum=0.01), "good")["stale"] is None
-    assert row_of(diagnostics.health(once, momentum=0.0101), "good")["stale"] == "1% is still the start"
+    assert row_of(diagnostics.health(once, momentum=0.0101), "good")["stale"] == "initial values weigh 1%"
 
 
 @pytest.mark.standard_promotion
@@ -105,7 +105,7 @@ REFUSED = {
         jitted(diagnostics.health, tree=STATE), TypeError, "tree", "is traced", "call them outside of jit"
     ),
     "other norms": Refused(
-        lambda: diagnostics.health({"a": STATE}, {"b": STATE}), ValueError, "tree", "other norms", "the same"
+        lambda: diagnostics.health({"a": STATE}, {"b": STATE}), ValueError, "tree", "different norms", "the same"
     ),
 }
 

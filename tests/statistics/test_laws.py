@@ -152,7 +152,7 @@ REFUSED = {
         TypeError,
         "steps",
         "is None",
-        "give the updates to count to",
+        "give the number of updates, an int",
     ),
     "batch size": Refused(
         lambda: diagnostics.expected_error(0.5, 1, 0), ValueError, "batch_size", "is 0", "an int of at least 1"
