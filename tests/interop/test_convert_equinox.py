@@ -97,17 +97,17 @@ REFUSED = {
     "no layer": Refused(lambda: from_equinox({}, {}), TypeError, "layer", "is a dict", "mode ema or batch"),
     "no state": Refused(lambda: from_equinox(LAYER, None), TypeError, "state", "is a NoneType", "the equinox.nn.State"),
     "another layer's state": Refused(
-        lambda: from_equinox(LAYER, {}), ValueError, "state", "has nothing of `layer`", "that was made with it"
+        lambda: from_equinox(LAYER, {}), ValueError, "state", "has no statistics of `layer`", "that was made with it"
     ),
     "another model's state": Refused(
         lambda: from_equinox(LAYER, SimpleNamespace(get={}.__getitem__)),
         ValueError,
         "state",
-        "has nothing of `layer`",
+        "has no statistics of `layer`",
         "that was made with it",
     ),
     "a stack of layers": Refused(
-        lambda: from_equinox(LAYER, {0: np.zeros(4)}), ValueError, "layer", "is a stack of (4,)", "by jax.vmap or"
+        lambda: from_equinox(LAYER, {0: np.zeros(4)}), ValueError, "layer", "is a stack of (4,)", "with jax.vmap or"
     ),
 }
 

@@ -70,7 +70,7 @@ def test_entries_of_other_haiku_modules_are_left_alone():
 
 def test_one_error_lists_the_haiku_entries_that_are_wrong():
     wrong = {"mean_ema": AVERAGE, "var_ema": {"hidden": TWO}, "scale": "heavy"}
-    with pytest.raises(ValueError, match="not those of batch norm in Haiku") as caught:
+    with pytest.raises(ValueError, match="not those of a batch norm in Haiku") as caught:
         from_haiku(wrong)
     for message in ("`var_ema.average` is missing", "`scale` is a str, which cannot be converted to an array"):
         assert message in str(caught.value)

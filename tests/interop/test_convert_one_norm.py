@@ -78,9 +78,9 @@ def test_a_state_without_a_count_is_written_without_one():
     assert "count" not in to_linen(params, state, with_count=True)["batch_stats"]
 
 
-NO_UPDATES = "not a number of updates"
+NO_UPDATES = "which is not a number of updates"
 REFUSED = {
-    "no mapping": Refused(lambda: from_torch(TWO), TypeError, "entries", "a ndarray", "by the names weight, bias"),
+    "no mapping": Refused(lambda: from_torch(TWO), TypeError, "entries", "a ndarray", "with the names weight, bias"),
     "missing": Refused(
         lambda: from_torch({"running_mean": TWO}), ValueError, "running_var", "is missing", "batch norm in PyTorch"
     ),
@@ -94,13 +94,13 @@ REFUSED = {
         lambda: from_nnx({"mean": TWO, "var": np.ones(2, int)}), ValueError, "var", "has dtype int32", "not a float one"
     ),
     "no array": Refused(
-        lambda: from_nnx({"mean": TWO, "var": "a"}), ValueError, "var", "is a str", "those of batch norm in Flax"
+        lambda: from_nnx({"mean": TWO, "var": "a"}), ValueError, "var", "is a str", "those of a batch norm in Flax"
     ),
     "float64": Refused(
         lambda: from_torch({**TORCH, "weight": np.ones(2)}),
         ValueError,
         "weight",
-        "is float64, which jax cuts to float32",
+        "is float64, which jax truncates to float32",
         "convert it first, or",
     ),
     "a stored count below 0": Refused(
