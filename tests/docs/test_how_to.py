@@ -1,4 +1,4 @@
-"""The recipes in docs/how-to: each program prints what stands beneath it, and what is linked is there."""
+"""The recipes in docs/how-to: each program prints the output shown below it, and each link works."""
 
 import contextlib
 import io
@@ -13,7 +13,7 @@ PROGRAM = re.compile(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```", re.MULTILIN
 
 
 def programs(page):
-    """Each program of a page with what it shall print; its heading is its name."""
+    """Each program of a page with its expected output, named after its heading."""
     text = page.read_text()
     for found in PROGRAM.finditer(text):
         headings = re.findall(r"^#+ (.+)$", text[: found.start()], re.MULTILINE)

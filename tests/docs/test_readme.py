@@ -1,4 +1,4 @@
-"""What the README says is so."""
+"""The README is correct."""
 
 import contextlib
 import io
@@ -29,7 +29,7 @@ EXAMPLES = re.findall(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```", README, re
 
 
 def heading_of(code):
-    """The heading that an example stands under, in words joined by dashes."""
+    """The heading above an example, as words joined by dashes."""
     headings = re.findall(r"^## (.+)$", README[: README.index(code)], re.MULTILINE)
     return re.sub(r"\W+", "-", headings[-1].lower())
 
@@ -44,7 +44,7 @@ def test_every_example_stands_beside_what_it_prints():
 
 
 def printed_by_a_new_process(code):
-    """For code that must come before jax is first used."""
+    """The output of code that must run before jax is first used."""
     environment = {**os.environ, "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -84,7 +84,7 @@ def test_readme_speaks_to_users():
 
 @pytest.mark.parametrize("file", ["README.md", *(f"notebooks/{path.name}" for path in sorted(ROOT.glob("*/*.ipynb")))])
 def test_files_that_are_named_exist(file):
-    """Of jbn/, tests/ and notebooks/, also where they stand in a command, and as a pattern with `*`."""
+    """Files of jbn/, tests/ and notebooks/, also those in commands and patterns with `*`."""
     named = re.findall(r"(?<![\w./-])((?:jbn|tests|notebooks)/[\w./*-]*\w)(?![\w<])", (ROOT / file).read_text())
     assert [path for path in named if not any(ROOT.glob(path))] == []
 

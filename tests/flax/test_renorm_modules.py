@@ -1,4 +1,4 @@
-"""BatchRenorm of Linen and of NNX: the core's batch renormalization on a module's variables."""
+"""BatchRenorm of Linen and NNX: `jbn.batch_renorm` on the variables of a module."""
 
 import jax
 import jax.numpy as jnp

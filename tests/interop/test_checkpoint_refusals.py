@@ -1,4 +1,4 @@
-"""What is no checkpoint, or one of another tree, gives one clear error."""
+"""Files that are not a checkpoint, or hold another tree, give one clear error."""
 
 import pathlib
 import subprocess
@@ -58,7 +58,7 @@ for damage in ("_METADATA", "manifest.ocdbt", "d/*"):
 
 
 def test_a_checkpoint_that_was_cut_off_is_refused(tmp_path):
-    """In a process of its own, since readers of orbax go on complaining in their threads for a while."""
+    """This runs in a new process, since threads of orbax report errors for a while after the exception."""
     for damage in ("_METADATA", "manifest.ocdbt", "d/"):
         save_by_orbax(tmp_path / damage, jbn.init(3))
     subprocess.run([sys.executable, "-c", CUT_OFF, str(tmp_path)], check=True)
@@ -101,7 +101,7 @@ def written(content=b""):
 
 
 def managed():
-    """A folder that orbax's CheckpointManager lays out, with a norm in it."""
+    """A folder with the layout of orbax's CheckpointManager that holds a norm."""
     step = pathlib.Path("managed", "0").absolute()
     save_by_orbax(step / "default", NORM)
     return step

@@ -1,4 +1,4 @@
-"""Norms in the variables of Flax models, Linen and NNX, become jbn's and go back to the same places."""
+"""Conversion from and to the variables of Linen and NNX models; norms return to the same places."""
 
 import jax
 import jax.numpy as jnp
@@ -124,7 +124,7 @@ def test_linen_modules_that_only_have_a_mean_are_left_alone():
 
 
 def test_other_collections_of_linen_are_left_whole():
-    """Also where they hold something at the path of a norm."""
+    """Also if they have an entry at the path of a norm."""
     variables = {"batch_stats": {"norm": {"mean": TWO, "var": TWO}}, "cache": {"norm": {"mean": TWO}}}
     _, rest = split(variables, "linen")
     assert rest["cache"] == variables["cache"]

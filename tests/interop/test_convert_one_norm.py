@@ -1,4 +1,4 @@
-"""The arrays of one norm: there and back bit for bit in each library's names, in every dtype, or one error."""
+"""Round trips of one norm are equal bit for bit, in every library and dtype; other arrays give one error."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ def test_a_norm_comes_back_with_or_without_scale_and_bias(library):
         back = getattr(convert, f"from_{library}")(arrays, **given)
         expected = params
         if library == "torch" and params != jbn.Params(None, None):
-            # PyTorch has both or none.
+            # PyTorch has both scale and bias, or neither.
             ones_and_zeros = jnp.ones(2), jnp.zeros(2)
             expected = jbn.Params(*(d if v is None else v for v, d in zip(params, ones_and_zeros, strict=True)))
         assert jax.tree.structure(back) == jax.tree.structure((expected, state)), params

@@ -1,4 +1,4 @@
-"""Weights of other projects: names and shapes of their own, leaves to leave out, and scales stored as gamma - 1."""
+"""Weights of other projects: other names and shapes, leaves to ignore, and scales stored as gamma - 1."""
 
 import warnings
 
@@ -20,7 +20,7 @@ EXPECTED = split(PLAIN, "torch")[0]["bn"]
 
 
 def linen(shape=(C,), **names):
-    """Variables of a block with one norm, its arrays by their own names."""
+    """Variables of a block with one norm, under the names of the project."""
     arrays = {"scale": GAMMA, "bias": BETA, "mean": MEAN, "var": VAR}
     named = {names.get(field, field): jnp.asarray(array).reshape(shape) for field, array in arrays.items()}
     params, statistics = (dict(list(named.items())[part]) for part in (slice(2), slice(2, 4)))

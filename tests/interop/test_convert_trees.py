@@ -1,4 +1,4 @@
-"""`split` and `join` leave everything but the norms as it was, and list all that keeps a tree from being converted."""
+"""`split` and `join` change only the norms, and list all problems of a tree that cannot be converted."""
 
 import jax
 import numpy as np
@@ -28,7 +28,7 @@ NESTED = {
 
 
 def without_counts(tree):
-    """The tree without the entries that `join` writes for PyTorch where there were none."""
+    """The tree without the entries that `join` adds for PyTorch."""
     if not isinstance(tree, dict):
         return tree
     return {

@@ -1,4 +1,4 @@
-"""A folded layer does the work of layer and norm, for kernels of every layout."""
+"""A folded layer gives the same result as layer and norm, for kernels of every layout."""
 
 import functools
 
@@ -98,7 +98,7 @@ def test_the_output_features_may_lie_on_any_axis_of_the_kernel(rng):
 
 
 def folded_and_not(layer, norm, x, kernel, bias, *, output_axis):
-    """Outputs of a layer of two axes of features: folded, and with the norm after it."""
+    """Outputs of a layer with two feature axes: folded, and followed by the norm."""
 
     @compiled
     def both(norm, x, kernel, bias):
@@ -110,7 +110,7 @@ def folded_and_not(layer, norm, x, kernel, bias, *, output_axis):
 
 
 def test_a_depthwise_kernel_has_its_features_on_two_axes(rng):
-    """Keras' (height, width, channels, multiplier), here of one place."""
+    """A kernel of Keras, (height, width, channels, multiplier), of size 1 x 1."""
 
     def layer(x, kernel):
         return jnp.einsum("nc,cm->ncm", x, kernel[0, 0])
@@ -120,7 +120,7 @@ def test_a_depthwise_kernel_has_its_features_on_two_axes(rng):
 
 
 def test_a_grouped_transposed_kernel_has_its_features_on_two_axes(rng):
-    """PyTorch's (groups, in, out, height, width), here of one place."""
+    """A kernel of PyTorch, (groups, in, out, height, width), of size 1 x 1."""
 
     def layer(x, kernel):
         return jnp.einsum("ngi,gio->ngo", x, kernel[..., 0, 0])

@@ -1,4 +1,4 @@
-"""What calibrate refuses: bad arguments, and norms without statistics of one batch, named with the likely reason."""
+"""Errors of calibrate: bad arguments, and norms without statistics of one batch, with the likely reason."""
 
 import sys
 from unittest import mock
@@ -27,13 +27,13 @@ def unchanged(state, batch):
 
 
 def run_twice(tree, batch):
-    """A step of a norm without a count, in which the second call moves what the first one found; one feature is 0."""
+    """A step of a norm without a count, in which a second call changes the result of the first; one feature is 0."""
     one, found = jnp.array([1.0, 0.0]), jnp.isfinite(tree["var"])
     return {"mean": (tree["mean"] + 1) / 2 * one, "var": jnp.where(found, tree["var"], one)}
 
 
 def two(states, batch):
-    """A step of one norm, which leaves another as it was."""
+    """A step of one norm that leaves another norm unchanged."""
     return {**states, "used": step(states["used"], batch)}
 
 

@@ -1,4 +1,4 @@
-"""The health of a tree of statistics: each planted fault is found, in trees of every kind."""
+"""Health of a tree of statistics: each planted fault is found, in trees of every kind."""
 
 import jax
 import jax.numpy as jnp
@@ -83,7 +83,7 @@ def test_health_of_flax_models(rng):
 
 
 def test_other_variables_of_a_norm_are_no_fault():
-    """Bounds of renormalization, steps, and counts of any form, as other libraries store them beside mean and var."""
+    """Bounds of renormalization, steps, and counts of any form, which other libraries store beside mean and var."""
     norm = {"mean": jnp.full(3, 0.5), "var": jnp.full(3, 2.0)}
     key = jax.random.key(0)
     for extra in ({"r_max": 3.0, "steps": jnp.int32(7)}, {"count": {"value": 7}}, {"count": key}, {"count": "seven"}):

@@ -1,4 +1,4 @@
-"""What the pictures show: labels, units, and the numbers behind the lines. They are drawn without a screen."""
+"""Pictures: labels, units, colors, and the numbers behind the lines. They are drawn without a screen."""
 
 import importlib
 import sys
