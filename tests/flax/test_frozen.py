@@ -171,14 +171,14 @@ REFUSED = {
         TypeError,
         "frozen",
         "is 1",
-        "expected True (normalize by the running statistics",
+        "expected True (always normalize by the running",
     ),
     "nnx": Refused(
         lambda: jbn.nnx.BatchNorm(3, update_statistics="no", rngs=nnx.Rngs(0))(np.ones((2, 3), np.float32)),
         TypeError,
         "update_statistics",
         "is 'no'",
-        "or False (leave them as they are)",
+        "or False (leave them unchanged)",
     ),
 }
 
