@@ -1,4 +1,4 @@
-"""Population statistics for all norms of a model, from one pass over the data and without changes to the model."""
+"""Population statistics for all norms of a model, from its batches and without changes to the model."""
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
