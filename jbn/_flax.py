@@ -1,4 +1,4 @@
-"""What the Linen and the NNX modules share: which statistics a call uses, and the core's calls by attributes."""
+"""Code that the Linen and NNX modules share: the mode of a call, its checks, and the call of the core."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,23 +18,23 @@ BOUNDS = ("r_max", "d_max")
 
 
 class Mode(NamedTuple):
-    """What a call does with statistics."""
+    """How a call uses statistics."""
 
     train: bool
-    """normalizes by the batch's, in place of the running ones"""
+    """Whether it normalizes by the batch statistics instead of the running statistics."""
     updates: bool
-    """moves the running ones towards the batch's"""
+    """Whether it updates the running statistics."""
 
 
 TRAINING = Mode(train=True, updates=True)
 
 
 def checked_mode(module: Any, use_running_average: Any, update_statistics: Any) -> Mode:
-    """The mode of a call: its own arguments go before those of the module, and `frozen` before all."""
+    """The mode of a call; its arguments override the attributes of the module, and `frozen` overrides both."""
     updates = module.update_statistics if update_statistics is None else update_statistics
     for name, flag, true, false in (
-        ("frozen", module.frozen, "normalize by the running statistics, whatever else is said", "do not"),
-        ("update_statistics", updates, "update the running statistics in training", "leave them as they are"),
+        ("frozen", module.frozen, "always normalize by the running statistics", "follow `use_running_average`"),
+        ("update_statistics", updates, "update the running statistics in training", "leave them unchanged"),
     ):
         _arguments.check_flag(name, flag, true, false)
     if module.frozen:
@@ -46,13 +46,13 @@ def checked_mode(module: Any, use_running_average: Any, update_statistics: Any) 
 
 
 def check_dtypes(**given: Any) -> None:
-    """Dtypes of result and parameters."""
+    """Check the dtypes of the result and of the parameters."""
     for name, dtype in given.items():
         _dtypes.checked_dtype(dtype, None, name)
 
 
 def reads_count(module: Any, mode: Mode = TRAINING) -> bool:
-    """Whether a call in this mode asks a schedule: momentum moves statistics, bounds correct the output."""
+    """Whether a call in this mode evaluates a schedule, of the momentum in an update or of a bound in training."""
     names = (*(("momentum",) if mode.updates else ()), *(BOUNDS if mode.train else ()))
     return any(callable(getattr(module, name, None)) for name in names)
 
@@ -73,9 +73,9 @@ def apply(
     *,
     initializing: bool = False,
 ) -> tuple[jax.Array, State]:
-    """`batch_norm`, or `batch_renorm` where it has bounds, with the options that a module holds as attributes.
+    """Call `batch_norm`, or `batch_renorm` if the module has bounds, with the attributes of the module as options.
 
-    What a module is initialized with says nothing of training: any batch will do, outside of any mapped axis.
+    Initialization takes a batch of any size outside of any mapped axis, so it skips the options that depend on them.
     """
     optional: dict[str, Any] = {name: getattr(module, name) for name in BOUNDS if hasattr(module, name)}
     call = batch_renorm if optional else batch_norm
@@ -107,33 +107,33 @@ def apply(
 
 
 def _check_kind(state: State, x: jax.Array) -> None:
-    """Flax's modules start from a real mean for complex x too."""
+    """Check that the mean is complex if and only if x is; Flax's own modules start from a real mean for complex x."""
     if is_complex(state.mean) != is_complex(x):
         wanted = _dtypes.arithmetic_dtype(x.dtype).name
         raise TypeError(
             f"`mean` has dtype {state.mean.dtype.name}, but x has dtype {x.dtype.name}: expected {wanted}. Convert a "
-            f"loaded one by mean.astype(jnp.{wanted}); an NNX module is made for complex x by dtype=jnp.complex64."
+            f"loaded mean with mean.astype(jnp.{wanted}). For complex x, make an NNX module with dtype=jnp.complex64."
         )
 
 
 def _widened(state: State) -> State:
-    """Statistics that are read and not updated, in a dtype that training takes."""
+    """The statistics in a dtype that training accepts, for a call that does not update them."""
     return jax.tree.map(lambda leaf: leaf.astype(_dtypes.arithmetic_dtype(leaf.dtype)), state)
 
 
 def _check_state_dtype(state: State) -> None:
-    """Half precision would lose the updates; what it came from is mostly a cast of a whole model."""
+    """Refuse statistics in half precision, which loses small updates; the usual cause is a cast of a whole model."""
     for name, vector in state._asdict().items():
         if vector is not None and not _dtypes.is_state_dtype(vector.dtype):
             raise TypeError(
                 f"`{name}` has dtype {vector.dtype.name}: expected {' or '.join(_dtypes.STATE_DTYPES)} in training, "
-                "since small updates are lost in half precision. Where a whole model was cast, cast the parameters "
-                "alone, or cast the statistics back: jax.tree.map(lambda leaf: leaf.astype(jnp.float32), statistics)."
+                "since half precision loses small updates. If a whole model was cast, cast only the parameters, or "
+                "cast the statistics back: jax.tree.map(lambda leaf: leaf.astype(jnp.float32), statistics)."
             )
 
 
 def _as_flax_has_it(mask: Any, shape: Sequence[int], axes: Axes) -> Any:
-    """A mask that Flax would broadcast from the last axis on, with the rank of x, where it fits in no other way."""
+    """The mask; one that fits only when aligned with the last axes of x, as Flax aligns it, gets the rank of x."""
     given = mask.shape if isinstance(mask, np.ndarray | jax.Array) and mask.dtype == np.bool_ else ()
     short, last = [shape[axis] for axis in axes.reduced], list(shape[len(shape) - len(given) :])
     if not given or len(given) >= len(shape) or _arguments.fits(given, short) or not _arguments.fits(given, last):
@@ -142,10 +142,10 @@ def _as_flax_has_it(mask: Any, shape: Sequence[int], axes: Axes) -> Any:
 
 
 def check_shapes(module: Any, x: jax.Array, features: tuple[int, ...], **variables: Any) -> None:
-    """Variables, loaded or initialized, fit the input."""
+    """Check that the variables, loaded or initialized, fit the input."""
     for name, vector in variables.items():
         if vector is not None and vector.shape != features:
             raise ValueError(
-                f"`{name}` has shape {vector.shape}: expected {features}, as x of shape {x.shape} has it on `axis` "
-                f"{module.axis}{_arguments.of_upgrade(name)}."
+                f"`{name}` has shape {vector.shape}: expected {features}, the features of x of shape {x.shape} on "
+                f"`axis` {module.axis}{_arguments.of_upgrade(name)}."
             )

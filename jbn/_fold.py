@@ -1,4 +1,4 @@
-"""A norm at inference is affine, and so is the layer before it: both in one."""
+"""Fold a norm into the layer before it; at inference both are affine, so one layer computes both."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,33 +21,35 @@ def fold(
     epsilon: float = 1e-5,
     output_axis: int | Sequence[int] = -1,
 ) -> tuple[jax.Array, jax.Array]:
-    """The kernel and bias of a dense or convolution layer that does the work of the norm after it too.
+    """Fold a norm into the kernel and bias of the dense or convolution layer before it.
 
-    kernel * a,  (bias - mean) * a + params.bias,  a = params.scale / sqrt(var + epsilon)
+    folded_kernel = kernel * a,  folded_bias = (bias - mean) * a + params.bias
+    a = params.scale / sqrt(var + epsilon)
 
-    Exact for inference in any padding, stride and number of groups, since the norm acts on the layer's output. An
-    activation of the norm stays to be applied. Where a kernel has its output features on two axes, reshape the norm's
-    vectors to them: a depthwise kernel of Keras, (height, width, channels, multiplier), takes vectors of (channels,
-    multiplier) and `output_axis=(-2, -1)`; a grouped and transposed one of PyTorch takes them as (groups, out), the
-    kernel as (groups, in, out, height, width), and `output_axis=(0, 2)`.
+    The result is exact for inference with any padding, stride and number of groups, since the norm acts on the output
+    of the layer. Apply the activation of the norm after the folded layer. If a kernel has its output features on two
+    axes, reshape the vectors of the norm to both. A depthwise kernel of Keras, (height, width, channels, multiplier),
+    takes vectors of shape (channels, multiplier) and `output_axis=(-2, -1)`. For a grouped transposed convolution of
+    PyTorch, reshape the vectors to (groups, out) and the kernel to (groups, in, out, height, width), with
+    `output_axis=(0, 2)`.
 
     Args:
         params: scale and bias of the norm; either may be None.
-        state: its running mean and variance; unset ones give NaN.
-        kernel: float array of any rank, whose output features are on `output_axis`.
-        bias: float array of the feature shape; None is 0, for a layer that had no bias. The folded layer has one.
-            Equinox' has axes of size 1 behind it: give `bias[:, 0, 0]`.
-        epsilon: that of the norm.
-        output_axis: the axis, or axes, of the kernel's output features: -1 in Flax, Keras and Haiku, 0 in PyTorch and
+        state: running mean and variance of the norm; unset statistics give NaN.
+        kernel: float array of any rank, with its output features on `output_axis`.
+        bias: float array of the feature shape; None means 0, for a layer without a bias. The folded layer has a bias.
+            A convolution of Equinox has a bias with trailing axes of size 1: give `bias[:, 0, 0]`.
+        epsilon: epsilon of the norm.
+        output_axis: axis, or axes, of the kernel's output features: -1 in Flax, Keras and Haiku, 0 in PyTorch and
             Equinox. For transposed convolutions it is -2 in Keras and Haiku and in Flax with `transpose_kernel`, and 1
-            in PyTorch. A wrong axis goes unseen where the sizes are equal.
+            in PyTorch. A wrong axis of the right size raises no error.
 
     Returns:
-        Kernel, of the shape and dtype given, and bias, of the feature shape and the kernel's dtype.
+        The kernel, with its shape and dtype unchanged, and the bias, of the feature shape and the kernel's dtype.
 
     Raises:
-        TypeError: a wrong kind or dtype of argument.
-        ValueError: shapes that do not fit, or an epsilon that is not positive.
+        TypeError: an argument has a wrong type or dtype.
+        ValueError: a shape does not fit, or epsilon is not positive.
 
     Example:
         >>> import jax.numpy as jnp
@@ -65,7 +67,7 @@ def fold(
     kernel = _float_array("kernel", kernel)
     axes = _arguments.checked_axes(output_axis, kernel.ndim, "output_axis", "kernel")
     features = axes.features(kernel.shape)
-    why = f"as kernel of shape {kernel.shape} has it on `output_axis` {axes.feature}"
+    why = f"the features of kernel of shape {kernel.shape} on `output_axis` {axes.feature}"
     for name, value, kind in (("params", params, Params), ("state", state, State)):
         _arguments.check_type(name, value, kind)
         _arguments.check_vectors(name, value, features, why)

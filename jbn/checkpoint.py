@@ -1,4 +1,4 @@
-"""Trees from checkpoints of orbax and flax.serialization, checked against what is expected, or as they are stored."""
+"""Reading trees from checkpoints of orbax and flax.serialization, with or without a target to check against."""
 
 import os
 from collections.abc import Callable
@@ -20,30 +20,29 @@ Leaves = dict[tuple[str, ...], Any]
 
 
 def restore(path: str | Path, target: Any) -> Any:
-    """A tree from a checkpoint, bit for bit, once its paths, shapes and dtypes are found to be those of `target`.
+    """Restore a tree from a checkpoint bit for bit, after a check that paths, shapes and dtypes match `target`.
 
-    restore(saved(tree), tree) = tree
+    tree = restore(saved(tree), tree)
 
-    Neither format keeps the types of jbn: both write `Params` and `State` as dicts, and the target brings them back. A
-    count that jbn 0.1 wrote, one for all features of a norm, is raised as by `jbn.upgrade` where the target has one for
-    each feature.
+    Both formats store `Params` and `State` as dicts, and `restore` uses the types of `target`. A count of jbn 0.1, one
+    for all features of a norm, is converted as by `jbn.upgrade` if the target has one for each feature.
 
     Args:
-        path: a directory that `orbax.checkpoint.StandardCheckpointer` wrote, which in a `CheckpointManager`'s is
-            `step/default`, or a file with the bytes of `flax.serialization.to_bytes`.
-        target: a tree of the expected structure, of arrays or of what `jax.eval_shape` gives. From orbax, arrays come
-            with the shardings that it has.
+        path: a directory that `orbax.checkpoint.StandardCheckpointer` wrote (`step/default` in the directory of a
+            `CheckpointManager`), or a file with the bytes of `flax.serialization.to_bytes`.
+        target: a tree of the expected structure, with arrays or the result of `jax.eval_shape`. Arrays from orbax get
+            the shardings of the target.
 
     Returns:
-        The tree, of the structure of `target`, of jax arrays; NumPy's where orbax's target has them, or where jax has
-        not turned 64 bits on.
+        The tree, with the structure of `target` and jax arrays. A leaf is a NumPy array if the target of an orbax
+        checkpoint has one there, or if it has 64 bits and jax has not enabled them.
 
     Raises:
-        FileNotFoundError: there is nothing at `path`.
-        PermissionError: it may not be read.
-        TypeError: path is no path, or target has a leaf that is no array and no number; random keys go by
-            `jax.random.key_data`.
-        ValueError: the checkpoint is cut off or no checkpoint, or it is of another tree; the error lists what is
+        FileNotFoundError: nothing exists at `path`.
+        PermissionError: `path` may not be read.
+        TypeError: `path` is not a path, or `target` has a leaf that is neither an array nor a number. Convert random
+            keys with `jax.random.key_data`.
+        ValueError: the file is truncated or not a checkpoint, or its tree does not match. The error lists what is
             missing, extra or misshaped.
 
     Example:
@@ -57,7 +56,7 @@ def restore(path: str | Path, target: Any) -> Any:
         [1. 1.]
 
     Source:
-        orbax and Flax, whose formats these are.
+        The formats of orbax and Flax.
     """
     path, expected = _existing(path), _checked_target(target)
     opened = _opened_orbax if path.is_dir() else _opened_bytes
@@ -66,13 +65,13 @@ def restore(path: str | Path, target: Any) -> Any:
     _check_same(path, stored | {where: expected[where] for where in old}, expected)
     loaded = _whole(path, lambda: load(expected | old))
     loaded |= {where: _raised(loaded[where], expected[where], placed=path.is_dir()) for where in old}
-    # What was loaded too, since orbax casts to what it is asked for.
+    # The loaded leaves are checked too, since orbax casts to the requested shapes and dtypes.
     _check_same(path, loaded, expected)
     return jax.tree.structure(target).unflatten([loaded[where] for where in expected])
 
 
 def read(path: str | Path) -> Any:
-    """The tree of a checkpoint as it is stored, without a target: nested dicts of NumPy arrays.
+    """Read the tree of a checkpoint without a target, as nested dicts of NumPy arrays.
 
     Args:
         path: a directory that orbax wrote, or a file with the bytes of `flax.serialization.to_bytes`.
@@ -81,9 +80,9 @@ def read(path: str | Path) -> Any:
         The tree.
 
     Raises:
-        FileNotFoundError: there is nothing at `path`.
-        TypeError: path is no path.
-        ValueError: the checkpoint is cut off or no checkpoint.
+        FileNotFoundError: nothing exists at `path`.
+        TypeError: `path` is not a path.
+        ValueError: the file is truncated or not a checkpoint.
 
     Example:
         >>> import tempfile, pathlib
@@ -95,7 +94,7 @@ def read(path: str | Path) -> Any:
         [1. 1.]
 
     Source:
-        orbax and Flax, whose formats these are.
+        The formats of orbax and Flax.
     """
     path = _existing(path)
     return _whole(
@@ -104,19 +103,19 @@ def read(path: str | Path) -> Any:
 
 
 def latest(path: str | Path) -> Path:
-    """The checkpoint in a folder: itself, or the last step, and the item, of orbax's CheckpointManager.
+    """Find the latest checkpoint in a folder, such as that of orbax's CheckpointManager.
 
     Args:
-        path: a checkpoint, or a folder that holds one in a folder `checkpoints`, in its highest number, or as its only
-            item.
+        path: a checkpoint, which is returned, or a folder. In a folder it is searched in the subfolder `checkpoints`,
+            then in the subfolder with the highest number, then as the only item.
 
     Returns:
-        Its path.
+        Path of the checkpoint.
 
     Raises:
-        FileNotFoundError: there is nothing at `path`.
-        TypeError: path is no path.
-        ValueError: the folder holds no checkpoint, or several items.
+        FileNotFoundError: nothing exists at `path`.
+        TypeError: `path` is not a path.
+        ValueError: the folder has no checkpoint, or several items.
 
     Example:
         >>> import tempfile, pathlib
@@ -130,7 +129,7 @@ def latest(path: str | Path) -> Path:
         10/default
 
     Source:
-        orbax, whose layout this is.
+        The directory layout of orbax.
     """
     path = _existing(path)
     if path.is_file() or (path / ORBAX_MARK).exists():
@@ -148,17 +147,17 @@ def latest(path: str | Path) -> Path:
 
 
 def _existing(path: Any) -> Path:
-    """The absolute path of something that is there."""
+    """The absolute path of an existing file or directory."""
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"`path` is a {type(path).__name__}: expected the path of a file or directory.")
     path = Path(path).absolute()
     if not path.exists():
-        raise FileNotFoundError(f"`path` is {path}, where there is nothing: expected a file or directory.")
+        raise FileNotFoundError(f"`path` is {path}, which does not exist: expected a file or directory.")
     return path
 
 
 def _read_orbax(path: Path) -> Any:
-    """The tree with NumPy arrays in the shapes that it says that it has."""
+    """The tree with NumPy arrays, of the shapes and dtypes in its metadata."""
     with ocp.StandardCheckpointer() as checkpointer:
         metadata = _metadata(checkpointer, path)
         numpy = jax.tree.map(lambda leaf: leaf if isinstance(leaf, NUMBERS) else np.zeros(*_described(leaf)), metadata)
@@ -168,12 +167,12 @@ def _read_orbax(path: Path) -> Any:
 def _metadata(checkpointer: ocp.StandardCheckpointer, path: Path) -> Any:
     metadata = checkpointer.metadata(path).item_metadata
     if metadata is None:
-        raise ValueError("it has no metadata of orbax; in a CheckpointManager's directory give step/default")
+        raise ValueError("it has no orbax metadata; in the directory of a CheckpointManager give step/default")
     return metadata.tree
 
 
 def _opened_orbax(path: Path) -> tuple[Leaves, Callable[[Leaves], Leaves]]:
-    """What the checkpoint says that it holds, and the way to load it."""
+    """The leaves in the metadata of a checkpoint, and a function that loads them."""
     with ocp.StandardCheckpointer() as checkpointer:
         metadata = _metadata(checkpointer, path)
     structure, stored = jax.tree.structure(metadata), _leaves(metadata)
@@ -192,7 +191,7 @@ def _opened_bytes(path: Path) -> tuple[Leaves, Callable[[Leaves], Leaves]]:
 
 
 def _whole(path: Path, read: Callable[[], Any]) -> Any:
-    """What `read` gives, or one error for the many kinds that damaged files raise in the libraries that read them."""
+    """The result of `read`; the many kinds of exceptions that damaged files cause become one ValueError."""
     try:
         return read()
     except PermissionError:
@@ -200,13 +199,13 @@ def _whole(path: Path, read: Callable[[], Any]) -> Any:
     except Exception as error:
         reason = str(error).partition("\n")[0][:200]
         raise ValueError(
-            f"`path` {path} holds no whole checkpoint ({type(error).__name__}: {reason}): expected a directory that "
+            f"`path` {path} is not a complete checkpoint ({type(error).__name__}: {reason}): expected a directory that "
             "orbax wrote, or a file with the bytes of flax.serialization.to_bytes."
         ) from None
 
 
 def _check_same(path: Path, given: Leaves, expected: Leaves) -> None:
-    """No leaf of one tree that the other has not, or has in another shape or dtype."""
+    """Raise an error that lists all leaves that are missing, extra, or of another shape or dtype."""
     found = [f"{_shown(where)} is missing" for where in expected if where not in given]
     found += [f"{_shown(where)} is extra" for where in given if where not in expected]
     for where, leaf in expected.items():
@@ -214,17 +213,17 @@ def _check_same(path: Path, given: Leaves, expected: Leaves) -> None:
             (shape, dtype), (expected_shape, expected_dtype) = _described(given[where]), _described(leaf)
             if shape != expected_shape:
                 found.append(f"{_shown(where)} has shape {shape}, not {expected_shape}")
-            # Of Python's numbers only the kind is said: bool, int or float.
+            # For Python numbers only the kind must agree: bool, int or float.
             same = dtype.kind == expected_dtype.kind if isinstance(leaf, NUMBERS) else dtype == expected_dtype
             if not same:
                 found.append(f"{_shown(where)} has dtype {dtype}, not {expected_dtype}")
     if found:
         listed = "\n  ".join(found)
-        raise ValueError(f"the checkpoint at `path` {path} is not one of `target`:\n  {listed}")
+        raise ValueError(f"the checkpoint at `path` {path} does not match `target`:\n  {listed}")
 
 
 def _old_counts(target: Any, expected: Leaves, stored: Leaves) -> Leaves:
-    """Shape and dtype of the counts of jbn 0.1, int32: one for all features of a norm, one for each norm of a stack."""
+    """Shape and dtype of the int32 counts of jbn 0.1, one for a norm or one for each norm of a stack."""
     wheres, old = list(expected), {}
     for fields in nodes.places(target).values():
         where = wheres[fields.get("count", fields["mean"])]
@@ -238,7 +237,7 @@ def _old_counts(target: Any, expected: Leaves, stored: Leaves) -> Leaves:
 
 
 def _raised(count: Any, leaf: Any, placed: bool) -> Any:
-    """A count of jbn 0.1 for each feature, where and of the kind that the target has it if arrays are placed so."""
+    """A count of jbn 0.1 for each feature; if `placed`, with the sharding and array type of the target's leaf."""
     raised = for_each_feature(jnp.asarray(count), leaf)
     if not placed:
         return raised
@@ -248,7 +247,7 @@ def _raised(count: Any, leaf: Any, placed: bool) -> Any:
 
 
 def _checked_target(target: Any) -> Leaves:
-    """The leaves of the target, each an array or a number."""
+    """The leaves of the target, each checked to be an array or a number."""
     expected = _leaves(target)
     for where, leaf in expected.items():
         if not isinstance(leaf, jax.ShapeDtypeStruct | np.ndarray | np.generic | jax.Array | NUMBERS):
@@ -263,20 +262,20 @@ def _shown(where: tuple[str, ...]) -> str:
 
 
 def _leaves(tree: Any) -> Leaves:
-    """The leaves of a tree by their paths, in which a field, a key and a place are all the same."""
+    """The leaves of a tree by their paths, in which fields, keys and indices are all strings."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {tuple(jax.tree_util.keystr((key,), simple=True) for key in path): leaf for path, leaf in leaves}
 
 
 def _described(leaf: Any) -> tuple[tuple[int, ...], Any]:
-    """Shape and dtype."""
+    """The shape and dtype of a leaf."""
     if isinstance(leaf, NUMBERS):
         return (), np.asarray(leaf).dtype
     return tuple(leaf.shape), leaf.dtype
 
 
 def _abstract(leaf: Any) -> Any:
-    """What orbax needs to know of a leaf: without a sharding it would ask for the devices that wrote the checkpoint."""
+    """A description of a leaf for orbax; without a sharding, orbax requires the devices that wrote the checkpoint."""
     if isinstance(leaf, NUMBERS | np.ndarray | jax.Array):
         return leaf
     if not _has_jax(leaf.dtype) or isinstance(leaf, np.generic):
@@ -286,10 +285,10 @@ def _abstract(leaf: Any) -> Any:
 
 
 def _has_jax(dtype: Any) -> bool:
-    """Whether jax has the dtype, which for 64 bits is to be turned on."""
+    """Whether jax supports the dtype; 64-bit dtypes must be enabled."""
     return jax.dtypes.canonicalize_dtype(dtype) == dtype
 
 
 def _as_jax(leaf: Any) -> Any:
-    """A jax array of the same bits, where jax has the dtype; Python's numbers stay as they are."""
+    """A jax array with the same bits if jax supports the dtype; Python numbers are returned unchanged."""
     return jnp.asarray(leaf) if isinstance(leaf, np.ndarray | np.generic) and _has_jax(leaf.dtype) else leaf

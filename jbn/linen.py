@@ -1,4 +1,4 @@
-"""Batch normalization as Flax Linen modules: Flax's attributes and variables, jbn's arithmetic."""
+"""Flax Linen modules for batch normalization, with Flax's attributes and variables and jbn's arithmetic."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,35 +18,36 @@ from jbn.momentum import Schedule
 
 
 class BatchNorm(nn.Module):
-    """`flax.linen.BatchNorm` by its own names, with the arithmetic and the options of `jbn.batch_norm`.
+    """Drop-in replacement for `flax.linen.BatchNorm`, with the arithmetic and the options of `jbn.batch_norm`.
 
     out = activation((x - mean) / sqrt(var + epsilon) * scale + bias + shortcut)
 
-    Variables are those of Flax, float32 `mean` and `var` in `batch_stats`, `scale` and `bias` in `params`, so that
-    checkpoints of either load into the other. A momentum schedule adds `count` to `batch_stats`, the updates that each
-    feature has had, float32 and of the shape of `mean`.
-    Initialization does not update statistics, needs no bound `axis_name`, and takes the batch as one ghost batch.
+    The variables are those of Flax: float32 `mean` and `var` in `batch_stats`, `scale` and `bias` in `params`.
+    Checkpoints of either module load into the other. A momentum schedule adds `count` to `batch_stats`: the number of
+    updates of each feature, in float32 and with the shape of `mean`.
+    Initialization does not update statistics, does not need `axis_name` to be bound, and ignores `ghost_batch_size`.
 
     Attributes:
-        use_running_average: True normalizes by the running statistics; here or at the call.
-        axis: the axis, or axes, that have statistics of their own.
+        use_running_average: True normalizes by the running statistics; set it here or at the call.
+        axis: axis, or axes, with statistics of their own.
         momentum: share of the old value kept at an update, or a schedule from a feature's count of updates to it.
         epsilon: added to the variance.
-        dtype: dtype of the result; None is the one to which x, scale and bias promote, as in Flax.
+        dtype: dtype of the result; None means the dtype to which x, scale and bias promote, as in Flax.
         param_dtype: dtype of scale and bias.
         use_bias: whether there is a bias.
         use_scale: whether there is a scale.
         bias_init: initializer of the bias.
         scale_init: initializer of the scale.
         axis_name: mapped axis or axes to share statistics over.
-        axis_index_groups: places on that axis that share among themselves only.
-        use_fast_variance: changes nothing: the variance is exact at the speed of the fast one.
-        force_float32_reductions: changes nothing: reductions and statistics are in float32 at least.
+        axis_index_groups: groups of indices along that axis; statistics are shared only within a group.
+        use_fast_variance: has no effect; the variance is always exact, at the speed of Flax's fast one.
+        force_float32_reductions: has no effect; reductions and statistics are always at least float32.
         running_var: which variance the running average takes: "biased", "unbiased" or "total".
-        ghost_batch_size: normalize groups of this many examples on their own.
-        activation: elementwise function, applied in float32 before the cast to `dtype`; it captures nothing traced.
+        ghost_batch_size: number of examples in a ghost batch; each ghost batch is normalized on its own.
+        activation: elementwise function, applied in float32 before the cast to `dtype`; it must not capture a traced
+            value.
         frozen: True normalizes by the running statistics and updates nothing, whatever `use_running_average` says.
-        update_statistics: False leaves the running statistics as they are in training too; here or at the call.
+        update_statistics: False leaves the running statistics unchanged in training too; set it here or at the call.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -59,7 +60,7 @@ class BatchNorm(nn.Module):
         [ 1. 10.]
 
     Source:
-        Flax, flax.linen.BatchNorm, for the names; see `jbn.batch_norm` for what they do.
+        Flax, flax.linen.BatchNorm, for the names; `jbn.batch_norm` documents what they do.
     """
 
     use_running_average: bool | None = None
@@ -97,24 +98,24 @@ class BatchNorm(nn.Module):
         shortcut: ArrayLike | None = None,
         update_statistics: bool | None = None,
     ) -> jax.Array:
-        """Normalize x, and update `batch_stats` by its statistics unless they are used.
+        """Normalize x per feature, and update `batch_stats` in training.
 
         Args:
-            x: float32, float64, bfloat16 or float16 array; or complex64 or complex128, whose mean is complex64.
-            use_running_average: True normalizes by the running statistics; here or at construction.
-            mask: boolean, True counts; the shape of x without its feature axes, or of the rank of x; any axis may be
-                1. What fits in neither way is placed from the last axis on, as in Flax. Masked values change nothing
-                and come out as 0.
-            shortcut: float array of the shape of x, added before the activation: the join of a residual block.
-            update_statistics: False leaves `batch_stats` as they are; None is what the module says.
+            x: float32, float64, bfloat16, float16, complex64 or complex128 array; complex x has a complex64 mean.
+            use_running_average: True normalizes by the running statistics; set it here or at construction.
+            mask: boolean array, True for valid values; of the shape of x without its feature axes, or of the rank of
+                x; any axis may have size 1. A mask that fits neither is aligned with the last axes of x, as in Flax.
+                Masked values affect nothing, and their outputs are 0.
+            shortcut: float array of the shape of x that a residual block adds before its activation.
+            update_statistics: False leaves `batch_stats` unchanged; None uses the attribute of the module.
 
         Returns:
             The result, of the shape of x.
 
         Raises:
             NameError: no transformation binds `axis_name`.
-            TypeError: a wrong kind or dtype of argument.
-            ValueError: shapes or values that do not fit; or no `count` beside statistics that a schedule would update.
+            TypeError: an argument has a wrong type or dtype.
+            ValueError: a shape or value does not fit, or statistics that a schedule would update have no `count`.
         """
         averaged = self.use_running_average
         if not self.frozen:
@@ -129,7 +130,7 @@ class BatchNorm(nn.Module):
         mean = self.variable("batch_stats", "mean", jnp.zeros, features, mean_dtype)
         var = self.variable("batch_stats", "var", jnp.ones, features, jnp.float32)
         count = self.variable("batch_stats", "count", jnp.zeros, features, jnp.float32) if counted else None
-        # Before Flax looks at the parameters' shapes, since it speaks of their initializers.
+        # This check comes before `self.param`, because Flax's own error blames the initializers.
         _flax.check_shapes(self, x, features, mean=mean.value, var=var.value)
         scale = self.param("scale", self.scale_init, features, self.param_dtype) if self.use_scale else None
         bias = self.param("bias", self.bias_init, features, self.param_dtype) if self.use_bias else None
@@ -145,28 +146,29 @@ class BatchNorm(nn.Module):
         return out
 
     def _check_count(self) -> None:
-        """Statistics from elsewhere have no count, and from a count of 0 a schedule would overwrite them."""
+        """Refuse loaded statistics without a count, since a schedule that starts from count 0 would overwrite them."""
         if self.has_variable("batch_stats", "mean") and not self.has_variable("batch_stats", "count"):
             raise ValueError(
-                "`batch_stats` has `mean` and `var` but no `count`, which a schedule reads: from a count of 0, one of "
-                "`momentum` would overwrite them. Say how many updates they stand for by "
-                "jbn.convert.split(variables, 'linen', count=...) and jbn.convert.join(..., with_count=True); or give "
-                "numbers for schedules."
+                "`batch_stats` has `mean` and `var` but no `count`, which a schedule reads. A momentum schedule that "
+                "starts from count 0 would overwrite them. Set the number of updates with "
+                "jbn.convert.split(variables, 'linen', count=...) and jbn.convert.join(..., with_count=True), or use "
+                "numbers instead of schedules."
             )
 
 
 class BatchRenorm(BatchNorm):
-    """Batch renormalization: `BatchNorm` whose training output is corrected towards the running statistics.
+    """Batch renormalization: a `BatchNorm` that corrects its training output towards the running statistics.
 
-    out = activation((xhat * r + d) * scale + bias + shortcut), r and d clipped as in `jbn.batch_renorm`
+    out = activation((xhat * r + d) * scale + bias + shortcut)
 
-    It has the attributes of `BatchNorm`, and stores its variables, with a `count` where a bound or the momentum is a
-    schedule.
+    The corrections r and d are clipped as in `jbn.batch_renorm`. Attributes and variables are those of `BatchNorm`,
+    and `count` is stored if a bound or the momentum is a schedule.
 
     Attributes:
-        r_max: bound of r, at least 1, or a schedule from a feature's count of updates to it; 1 for the first 5,000
-            updates, then up to 3 at 40,000.
-        d_max: bound of d, at least 0, or a schedule; 0 for the first 5,000 updates, then up to 5 at 25,000.
+        r_max: bound of r, at least 1, or a schedule from a feature's count of updates to it; by default 1 for the
+            first 5,000 updates, then rising to 3 at 40,000.
+        d_max: bound of d, at least 0, or a schedule; by default 0 for the first 5,000 updates, then rising to 5 at
+            25,000.
 
     Example:
         >>> import jax, jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Batch normalization as Flax NNX modules: Flax's attributes and variables, jbn's arithmetic."""
+"""Flax NNX modules for batch normalization, with Flax's attributes and variables and jbn's arithmetic."""
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -23,45 +23,46 @@ from jbn.momentum import Schedule
 
 
 class BatchNorm(nnx.Module):
-    """`flax.nnx.BatchNorm` by its own names, with the arithmetic and the options of `jbn.batch_norm`.
+    """Drop-in replacement for `flax.nnx.BatchNorm`, with the arithmetic and the options of `jbn.batch_norm`.
 
     out = activation((x - mean) / sqrt(var + epsilon) * scale + bias + shortcut)
 
-    Variables are those of Flax, float32 `mean` and `var` as `nnx.BatchStat`, `scale` and `bias` as `nnx.Param`, so that
-    checkpoints of either load into the other. A momentum schedule adds `count`, an `nnx.BatchStat` of the updates that
-    each feature has had, float32 and of the shape of `mean`. After loading statistics without one, set it to the
-    updates that they stand for, as in `norm.count[...] = 10_000`: training refuses them otherwise, but inside of
-    nnx.jit, where values cannot be seen, the schedule starts from 0 and overwrites them.
+    The variables are those of Flax: float32 `mean` and `var` as `nnx.BatchStat`, `scale` and `bias` as `nnx.Param`.
+    Checkpoints of either module load into the other. A momentum schedule adds `count`, an `nnx.BatchStat`: the number
+    of updates of each feature, in float32 and with the shape of `mean`. After loading statistics without a count, set
+    it, as in `norm.count[...] = 10_000`. Otherwise training raises an error. Inside nnx.jit, where values cannot be
+    checked, the schedule starts from 0 without a warning and overwrites the statistics.
 
     Args:
-        num_features: the number of features, or their shape where several axes have statistics of their own.
+        num_features: number of features, or their shape if several axes have statistics of their own.
         use_running_average: True normalizes by the running statistics; the call, `train()` and `eval()` override it.
-        axis: the axis, or axes, that have statistics of their own.
+        axis: axis, or axes, with statistics of their own.
         momentum: share of the old value kept at an update, or a schedule from a feature's count of updates to it.
         epsilon: added to the variance.
-        dtype: dtype of the result; None is the one to which x, the statistics, scale and bias promote, as in Flax.
-            A complex one makes the mean complex64, for complex x.
+        dtype: dtype of the result; None means the dtype to which x, the statistics, scale and bias promote, as in
+            Flax. A complex dtype makes the mean complex64, for complex x.
         param_dtype: dtype of scale and bias.
         use_bias: whether there is a bias.
         use_scale: whether there is a scale.
         bias_init: initializer of the bias.
         scale_init: initializer of the scale.
         axis_name: mapped axis or axes to share statistics over.
-        axis_index_groups: places on that axis that share among themselves only.
-        use_fast_variance: changes nothing: the variance is exact at the speed of the fast one.
-        promote_dtype: changes nothing: the arithmetic is in float32 at least.
+        axis_index_groups: groups of indices along that axis; statistics are shared only within a group.
+        use_fast_variance: has no effect; the variance is always exact, at the speed of Flax's fast one.
+        promote_dtype: has no effect; the arithmetic is always at least float32.
         running_var: which variance the running average takes: "biased", "unbiased" or "total".
-        ghost_batch_size: normalize groups of this many examples on their own.
-        activation: elementwise function, applied in float32 before the cast to `dtype`; it captures nothing traced.
+        ghost_batch_size: number of examples in a ghost batch; each ghost batch is normalized on its own.
+        activation: elementwise function, applied in float32 before the cast to `dtype`; it must not capture a traced
+            value.
         frozen: True normalizes by the running statistics and updates nothing, whatever `train()` or
             `use_running_average` say; `model.set_attributes(jbn.nnx.BatchNorm, frozen=...)` changes it.
-        update_statistics: False leaves the running statistics as they are in training too; here or at the call.
-        rngs: key of the initializers.
+        update_statistics: False leaves the running statistics unchanged in training too; set it here or at the call.
+        rngs: keys for the initializers.
         bias_metadata: metadata of the bias variable.
         scale_metadata: metadata of the scale variable.
 
     Raises:
-        TypeError: sizes that are no ints, dtypes that are not allowed, or rngs that are no nnx.Rngs.
+        TypeError: a size is not an int, a dtype is not allowed, or `rngs` is not an nnx.Rngs.
         ValueError: a size is negative.
 
     Example:
@@ -74,10 +75,10 @@ class BatchNorm(nnx.Module):
         [ 1. 10.]
 
     Source:
-        Flax, flax.nnx.BatchNorm, for the names; see `jbn.batch_norm` for what they do.
+        Flax, flax.nnx.BatchNorm, for the names; `jbn.batch_norm` documents what they do.
     """
 
-    # Of modules that were pickled before there were these.
+    # Defaults for modules that were pickled before these attributes existed.
     frozen = False
     update_statistics = True
 
@@ -113,13 +114,13 @@ class BatchNorm(nnx.Module):
         features = _arguments.checked_features(num_features, "num_features")
         if (use_scale or use_bias) and not hasattr(rngs, "params"):
             raise TypeError(f"`rngs` is a {type(rngs).__name__} without a stream `params`: expected nnx.Rngs(0).")
-        # What x will be is not known here.
+        # The dtype of x is unknown here, so `dtype` and `param_dtype` decide.
         complex_input = any(dtype is not None and is_complex(jnp.dtype(dtype)) for dtype in (dtype, param_dtype))
         self.mean = nnx.BatchStat(jnp.zeros(features, jnp.complex64 if complex_input else jnp.float32))
         self.var = nnx.BatchStat(jnp.ones(features, jnp.float32))
         self.momentum = momentum
         self.count = nnx.data(nnx.BatchStat(jnp.zeros(features, jnp.float32)) if _flax.reads_count(self) else None)
-        # Scale first, as in Flax: each initializer draws the next key.
+        # Scale comes first, as in Flax, because each initializer draws the next key.
         scale = nnx.Param(scale_init(rngs.params(), features, param_dtype), **scale_metadata) if use_scale else None
         bias = nnx.Param(bias_init(rngs.params(), features, param_dtype), **bias_metadata) if use_bias else None
         self.scale, self.bias = nnx.data(scale), nnx.data(bias)
@@ -139,7 +140,7 @@ class BatchNorm(nnx.Module):
         self.activation = activation
         self.frozen = frozen
         self.update_statistics = update_statistics
-        # Read by nothing here: a model may ask its norms for the options of Flax.
+        # Stored only because a model may read these options of Flax from its norms.
         self.use_fast_variance, self.promote_dtype = use_fast_variance, promote_dtype
 
     def __call__(
@@ -151,26 +152,26 @@ class BatchNorm(nnx.Module):
         shortcut: ArrayLike | None = None,
         update_statistics: bool | None = None,
     ) -> jax.Array:
-        """Normalize x, and update `mean` and `var` by its statistics unless they are used.
+        """Normalize x per feature, and update `mean` and `var` in training.
 
         Args:
             x: float32, float64, bfloat16 or float16 array; or complex64 or complex128, for a module with a complex
                 `dtype`.
-            use_running_average: True normalizes by the running statistics; None is what the module says.
-            mask: boolean, True counts; the shape of x without its feature axes, or of the rank of x; any axis may be
-                1. What fits in neither way is placed from the last axis on, as in Flax. Masked values change nothing
-                and come out as 0.
-            shortcut: float array of the shape of x, added before the activation: the join of a residual block.
-            update_statistics: False leaves the running statistics as they are; None is what the module says.
+            use_running_average: True normalizes by the running statistics; None uses the attribute of the module.
+            mask: boolean array, True for valid values; of the shape of x without its feature axes, or of the rank of
+                x; any axis may have size 1. A mask that fits neither is aligned with the last axes of x, as in Flax.
+                Masked values affect nothing, and their outputs are 0.
+            shortcut: float array of the shape of x that a residual block adds before its activation.
+            update_statistics: False leaves the running statistics unchanged; None uses the attribute of the module.
 
         Returns:
             The result, of the shape of x.
 
         Raises:
             NameError: no transformation binds `axis_name`.
-            TypeError: a wrong kind or dtype of argument.
-            ValueError: shapes or values that do not fit; or statistics without a count, which a schedule would
-                overwrite. Inside of nnx.jit, which hides values, the latter is not seen.
+            TypeError: an argument has a wrong type or dtype.
+            ValueError: a shape or value does not fit, or a schedule would overwrite statistics that have no count.
+                The latter cannot be checked inside nnx.jit, where values are traced.
         """
         averaged = self.use_running_average if use_running_average is None else use_running_average
         mode = _flax.checked_mode(self, averaged, update_statistics)
@@ -193,24 +194,24 @@ class BatchNorm(nnx.Module):
         return out
 
     def set_view(self, use_running_average: bool | None = None) -> None:
-        """What `nnx.view(model, use_running_average=...)` sets.
+        """Set what `nnx.view(model, use_running_average=...)` passes on.
 
         Args:
-          use_running_average: True normalizes by the running statistics; None leaves it as it is.
+          use_running_average: True normalizes by the running statistics; None leaves the attribute unchanged.
 
         Raises:
             Nothing.
         """
-        # nnx.view_info reads the argument from this docstring, where it is indented by two.
+        # nnx.view_info parses this docstring and expects the argument to be indented by two spaces.
         if use_running_average is not None:
             self.use_running_average = use_running_average
 
     def _check_count(self) -> None:
-        """Statistics from elsewhere have no count, and from a count of 0 a schedule would overwrite them."""
+        """Refuse loaded statistics without a count, since a schedule that starts from count 0 would overwrite them."""
         if self.count is None:
             raise ValueError(
-                "`momentum` or a bound is a schedule, but the module was made for numbers and has no `count`: give the "
-                "schedule at construction."
+                "`momentum` or a bound is a schedule, but the module was made with numbers and has no `count`. Give "
+                "the schedule at construction."
             )
         mean, var, count = (variable[...] for variable in (self.mean, self.var, self.count))
         if any(isinstance(vector, Tracer) for vector in (mean, var, count)):
@@ -218,38 +219,39 @@ class BatchNorm(nnx.Module):
         loaded = (np.asarray(mean) != 0) | (np.asarray(var) != 1)
         if np.any(loaded & (np.asarray(count) == 0) & ~np.isneginf(var)):
             raise ValueError(
-                "`count` is 0 beside a `mean` and `var` that are not those of a new module: a schedule would overwrite "
-                "them. Say how many updates they stand for, as in norm.count[...] = 10_000; or give numbers for "
-                "schedules."
+                "`count` is 0, but `mean` and `var` are not the initial values: a schedule would overwrite them. Set "
+                "the number of updates, as in norm.count[...] = 10_000, or use numbers instead of schedules."
             )
 
     def _check_features(self, x: jax.Array, given: tuple[int, ...]) -> None:
-        """The features that x has are those that the module was made for."""
+        """Check that x has the features that the module was made for."""
         expected = self.mean[...].shape
         if given != expected:
             raise ValueError(
                 f"`x` of shape {x.shape} has features {given} on `axis` {self.axis}, but `num_features` is "
-                f"{self.num_features}: give x {expected} there, or make the module with num_features={given}."
+                f"{self.num_features}. Give x features {expected}, or make the module with num_features={given}."
             )
 
 
 class BatchRenorm(BatchNorm):
-    """Batch renormalization: `BatchNorm` whose training output is corrected towards the running statistics.
+    """Batch renormalization: a `BatchNorm` that corrects its training output towards the running statistics.
 
-    out = activation((xhat * r + d) * scale + bias + shortcut), r and d clipped as in `jbn.batch_renorm`
+    out = activation((xhat * r + d) * scale + bias + shortcut)
 
-    It stores the variables of `BatchNorm`, with a `count` where a bound or the momentum is a schedule.
+    The corrections r and d are clipped as in `jbn.batch_renorm`. The variables are those of `BatchNorm`, and `count`
+    is stored if a bound or the momentum is a schedule.
 
     Args:
-        num_features: the number of features, or their shape where several axes have statistics of their own.
-        r_max: bound of r, at least 1, or a schedule from a feature's count of updates to it; 1 for the first 5,000
-            updates, then up to 3 at 40,000.
-        d_max: bound of d, at least 0, or a schedule; 0 for the first 5,000 updates, then up to 5 at 25,000.
-        rngs: key of the initializers.
-        **options: those of `BatchNorm`.
+        num_features: number of features, or their shape if several axes have statistics of their own.
+        r_max: bound of r, at least 1, or a schedule from a feature's count of updates to it; by default 1 for the
+            first 5,000 updates, then rising to 3 at 40,000.
+        d_max: bound of d, at least 0, or a schedule; by default 0 for the first 5,000 updates, then rising to 5 at
+            25,000.
+        rngs: keys for the initializers.
+        **options: options of `BatchNorm`.
 
     Raises:
-        TypeError: sizes that are no ints, dtypes that are not allowed, or rngs that are no nnx.Rngs.
+        TypeError: a size is not an int, a dtype is not allowed, or `rngs` is not an nnx.Rngs.
         ValueError: a size is negative.
 
     Example:

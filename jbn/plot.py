@@ -1,4 +1,4 @@
-"""Pictures of the moving average and of what it does to inference, by matplotlib."""
+"""Pictures of the moving average and of its effect on inference, drawn with matplotlib."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,6 +22,10 @@ except ModuleNotFoundError as error:
         f"`jbn.plot` needs {error.name}, which is not installed: pip install 'jbn[plot]'", name=error.name
     ) from None
 
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""The palette of Okabe and Ito, with colors that color-blind readers can tell apart."""
+BLUE, VERMILLION = COLORS[:2]
+LINES = ("-", "--", "-.", ":")
 FEW = 12
 MOMENTA = {"0.9": 0.9, "0.99": 0.99, "0.999": 0.999}
 POINTS = 200
@@ -30,16 +34,16 @@ POINTS = 200
 def moving_average(
     steps: Any, batches: Any, running: Any, population: float | None = None, *, statistic: str = "mean", ax: Any = None
 ) -> Axes:
-    """A moving average over the steps of a run, beside the batches that it averages and what it should come to.
+    """Draw a moving average over the steps of a run, with the batch statistics and the population statistic.
 
     running[t] = momentum * running[t - 1] + (1 - momentum) * batches[t]
 
     Args:
-        steps: (n,) array, the steps.
-        batches: (n,) array, the batch's statistic at each.
-        running: (n,) array, the running statistic after each.
-        population: the population's statistic, or None.
-        statistic: what it is, for the label of the axis.
+        steps: (n,) array of steps.
+        batches: (n,) array with the batch statistic at each step.
+        running: (n,) array with the running statistic after each step.
+        population: the population statistic, or None.
+        statistic: name of the statistic, for the title and the label of the axis.
         ax: matplotlib axes to draw into; None makes a figure.
 
     Returns:
@@ -47,8 +51,8 @@ def moving_average(
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
-        TypeError: ax is no matplotlib axes.
-        ValueError: steps, batches and running are not of one shape (n,).
+        TypeError: ax is not a matplotlib axes.
+        ValueError: steps, batches and running do not have one shape (n,).
 
     Example:
         >>> import matplotlib; matplotlib.use("agg")
@@ -63,25 +67,30 @@ def moving_average(
     shapes = {"steps": np.shape(steps), "batches": np.shape(batches), "running": np.shape(running)}
     if len(set(shapes.values())) > 1 or len(shapes["steps"]) != 1:
         found = ", ".join(f"`{name}` has shape {shape}" for name, shape in shapes.items())
-        raise ValueError(f"{found}: expected one shape (n,), a value a step.")
-    ax = _axes(ax)
+        raise ValueError(f"{found}: expected one shape (n,), one value for each step.")
+    ax, title = _axes(ax), f"running {statistic}"
     ax.plot(steps, batches, ".", color="0.6", label="batches")
-    ax.plot(steps, running, "o-" if len(steps) <= FEW else "-", color="C3", label="running")
+    ax.plot(steps, running, "o-" if len(steps) <= FEW else "-", color=VERMILLION, label="running")
+    if len(steps):
+        title += f" ends at {wide(running)[-1]:.3g}"
     if population is not None:
-        ax.axhline(population, color="C2", linestyle="--", label="population")
-    ax.set(xlabel="step", ylabel=statistic, title=f"moving average of the {statistic}")
+        ax.axhline(population, color=BLUE, linestyle="--", label="population")
+        title += f", population {statistic} is {wide(population).item():.3g}"
+    ax.set(xlabel="step", ylabel=statistic, title=title)
     ax.legend()
     return ax
 
 
 def initial_weight(steps: int, momenta: Mapping[str, float | Schedule] = MOMENTA, *, ax: Any = None) -> Axes:
-    """What is left of the initial mean 0 and variance 1 over the steps, for several momenta.
+    """Draw the weight of the initial mean 0 and variance 1 over the updates, for several momenta.
 
-    prod(m_t), which is momentum ** t for a number
+    weight = prod(m_t)
+
+    m_t is the momentum of update t. For a number the weight after t updates is momentum ** t.
 
     Args:
-        steps: the last step to show, an int of at least 1.
-        momenta: numbers or schedules by the names to show.
+        steps: number of updates to show, an int of at least 1.
+        momenta: numbers or schedules, by the names for the legend.
         ax: matplotlib axes to draw into; None makes a figure.
 
     Returns:
@@ -89,7 +98,7 @@ def initial_weight(steps: int, momenta: Mapping[str, float | Schedule] = MOMENTA
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
-        TypeError: steps is no int, momenta no mapping, or ax no matplotlib axes.
+        TypeError: steps is not an int, momenta not a mapping, or ax not a matplotlib axes.
         ValueError: steps or a momentum is out of range, or there is no momentum.
 
     Example:
@@ -103,16 +112,16 @@ def initial_weight(steps: int, momenta: Mapping[str, float | Schedule] = MOMENTA
         `jbn.diagnostics.initial_weight`.
     """
     if not isinstance(momenta, Mapping):
-        raise TypeError(f"`momenta` is {momenta!r}: expected a mapping from the names to show: {{'0.9': 0.9}}.")
+        raise TypeError(f"`momenta` is {momenta!r}: expected a mapping from names to momenta, such as {{'0.9': 0.9}}.")
     if not momenta:
         raise ValueError("`momenta` is empty: expected at least one, such as {'0.9': 0.9}.")
     ax = _axes(ax)
     updates = np.arange(checked_count("steps", steps, 1) + 1)
-    for name, momentum in momenta.items():
-        ax.plot(updates, np.concatenate([[1.0], np.cumprod(kept_at_each(momentum, steps))]), label=name)
-    ax.set(
-        xlabel="updates", ylabel="weight of the start", ylim=(-0.02, 1.02), title="what is left of mean 0, variance 1"
-    )
+    for place, (name, momentum) in enumerate(momenta.items()):
+        weights = np.concatenate([[1.0], np.cumprod(kept_at_each(momentum, steps))])
+        ax.plot(updates, weights, label=name, **_style(place))
+    ax.set(xlabel="number of updates", ylabel="weight of the initial values (share)", ylim=(-0.02, 1.02))
+    ax.set_title("a larger momentum keeps the initial mean 0 and variance 1 longer")
     ax.legend(title="momentum")
     return ax
 
@@ -120,14 +129,16 @@ def initial_weight(steps: int, momenta: Mapping[str, float | Schedule] = MOMENTA
 def error_against_momentum(
     steps: int, batch_size: int, *, distances: Sequence[float] = (0.1, 1.0, 10.0), ax: Any = None
 ) -> Axes:
-    """The expected error of the running mean against the momentum, its optimum marked, for several starts.
+    """Draw the expected error of the running mean against the momentum, with the best momentum marked.
 
-    sqrt(expected_error), in standard deviations of the population
+    error = sqrt(expected_error)
+
+    The error is in standard deviations of the population. There is one curve for each initial distance.
 
     Args:
-        steps: the updates made, an int of at least 1.
-        batch_size: independent values behind a batch's mean, an int of at least 1.
-        distances: of the start from the population's mean, in standard deviations.
+        steps: number of updates, an int of at least 1.
+        batch_size: number of independent values in the mean of a batch, an int of at least 1.
+        distances: distances of the initial mean from the population mean, in standard deviations.
         ax: matplotlib axes to draw into; None makes a figure.
 
     Returns:
@@ -135,8 +146,8 @@ def error_against_momentum(
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
-        TypeError: steps or batch_size is no int, or ax no matplotlib axes.
-        ValueError: one of them is out of range, or there is no distance.
+        TypeError: steps or batch_size is not an int, or ax not a matplotlib axes.
+        ValueError: an argument is out of range, or there is no distance.
 
     Example:
         >>> import matplotlib; matplotlib.use("agg")
@@ -156,35 +167,39 @@ def error_against_momentum(
         errors = [diagnostics.expected_error(1 - rate, steps, batch_size, distance) ** 0.5 for rate in rates]
         best = diagnostics.best_momentum(steps, batch_size, distance)
         lowest = diagnostics.expected_error(best, steps, batch_size, distance) ** 0.5
-        ax.plot(rates, errors, color=f"C{place}", label=f"start {distance:g} sd away, best {written(best)}")
+        style = _style(place)
+        ax.plot(rates, errors, label=f"{distance:g} sd: {written(best)}", **style)
         if best < 1:
-            ax.plot(1 - best, lowest, "o", color=f"C{place}")
-    ax.set(xscale="log", yscale="log", xlabel="1 - momentum", ylabel="error of the running mean (sd)")
-    ax.set_title(f"error after {steps} steps of {batch_size}")
+            ax.plot(1 - best, lowest, "o", color=style["color"])
+    ax.set(xscale="log", yscale="log", xlabel="1 - momentum", ylabel="expected error of the running mean (sd)")
+    ax.set_title(f"best momentum depends on the initial distance\n({steps} updates, batch size {batch_size})")
     ax.invert_xaxis()
     ax.margins(y=0.15)
-    ax.legend()
+    ax.legend(title="initial distance: best momentum")
     return ax
 
 
 def running_against_population(state: Any, population: Any, *, epsilon: float = 1e-5, ax: Any = None) -> Axes:
-    """The error of each channel at inference, layer by layer, a dot a channel and a bar at the median.
+    """Draw the error of the normalized output of each channel at inference, norm by norm.
 
-    error = sqrt(shift**2 + (ratio - 1)**2), as in `jbn.diagnostics.compare`
+    error = sqrt(shift**2 + (ratio - 1)**2)
+
+    Shift and ratio are those of `jbn.diagnostics.compare`. Each channel is a dot, and a bar marks the median.
 
     Args:
-        state: a tree of running statistics, of any kind that `jbn.calibrate` takes.
-        population: a tree with the same nodes, as `jbn.calibrate` gives.
-        epsilon: that of the norms.
+        state: a tree of running statistics, of any kind that `jbn.calibrate` accepts.
+        population: a tree with the same nodes, as `jbn.calibrate` returns it.
+        epsilon: epsilon of the norms.
         ax: matplotlib axes to draw into; None makes a figure.
 
     Returns:
-        The axes. Channels whose statistics are unset or not finite have no place on it: the layer's name counts them.
+        The axes. Channels with statistics that are unset or not finite are not drawn; the label of the norm counts
+        them.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
-        TypeError: epsilon is no number, a tree is traced, or ax is no matplotlib axes.
-        ValueError: a tree holds no statistics, or they have other nodes or shapes.
+        TypeError: epsilon is not a number, a tree is traced, or ax is not a matplotlib axes.
+        ValueError: a tree holds no statistics, or nodes or shapes differ.
 
     Example:
         >>> import matplotlib; matplotlib.use("agg")
@@ -200,26 +215,28 @@ def running_against_population(state: Any, population: Any, *, epsilon: float = 
     added, ax = checked_epsilon(epsilon), _axes(ax)
     errors = {path: channel_distances(*pair, added)[0] for path, pair in pairs(state, population).items()}
     _dots_by_norm(ax, errors, "unset or not finite")
-    ax.set(ylabel="error of the normalized output (sd)", title="running against population statistics")
+    ax.set(ylabel="error of the normalized output (sd)", title="error at inference from running statistics")
     ax.set_ylim(bottom=0)
     return ax
 
 
 def standard_deviations(state: Any, *, ax: Any = None) -> Axes:
-    """The running standard deviation of each channel, norm by norm, a dot a channel and a bar at the median.
+    """Draw the running standard deviation of each channel on a logarithmic axis, norm by norm.
 
-    sqrt(var), on a logarithmic axis
+    deviation = sqrt(var)
+
+    Each channel is a dot, and a bar marks the median.
 
     Args:
-        state: a tree of running statistics, of any kind that `jbn.calibrate` takes.
+        state: a tree of running statistics, of any kind that `jbn.calibrate` accepts.
         ax: matplotlib axes to draw into; None makes a figure.
 
     Returns:
-        The axes. Channels that are dead, unset or not finite have no place on it: the norm's name counts them.
+        The axes. Channels that are dead, unset or not finite are not drawn; the label of the norm counts them.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
-        TypeError: the tree is traced, or ax is no matplotlib axes.
+        TypeError: the tree is traced, or ax is not a matplotlib axes.
         ValueError: the tree holds no statistics.
 
     Example:
@@ -237,29 +254,35 @@ def standard_deviations(state: Any, *, ax: Any = None) -> Axes:
         deviations = {path: np.sqrt(wide(forest.at(path)["var"])) for path in forest.nodes}
     drawn = {path: np.where(values > 0, values, np.nan) for path, values in deviations.items()}
     _dots_by_norm(ax, drawn, "dead or unset")
-    ax.set(ylabel="running standard deviation", title="the spread of what each norm saw")
+    ax.set(ylabel="running standard deviation", title="spread of the inputs of each norm in training")
     if any(np.any(np.isfinite(values)) for values in drawn.values()):
         ax.set_yscale("log")
     return ax
 
 
 def _dots_by_norm(ax: Axes, values: Mapping[Any, np.ndarray], lost: str) -> None:
-    """A dot for each channel of each norm; those that are not finite are counted in the norm's name."""
+    """Draw a dot for each channel of each norm; the label of the norm counts the channels that are not finite."""
     labels = []
     for place, (path, channels) in enumerate(values.items()):
         usable = channels[np.isfinite(channels)]
         across = place + np.linspace(-0.3, 0.3, len(usable)) if len(usable) > 1 else [place] * len(usable)
-        ax.plot(across, usable, ".", color="C3", alpha=0.5)
+        ax.plot(across, usable, ".", color=BLUE, alpha=0.5)
         if len(usable):
-            ax.hlines(np.median(usable), place - 0.4, place + 0.4, color="0.2")
+            ax.hlines(np.median(usable), place - 0.4, place + 0.4, color=VERMILLION)
         number = channels.size - len(usable)
         labels.append((shown(path) or "norm") + (f" ({number} {lost})" if number else ""))
     ax.set_xticks(range(len(labels)), labels, rotation=30, ha="right")
     ax.set_xlim(-0.6, len(labels) - 0.4)
+    ax.set_xlabel("norm (dot: one channel, bar: median)")
+
+
+def _style(place: int) -> dict[str, str]:
+    """Color and line style of one of several curves."""
+    return {"color": COLORS[place % len(COLORS)], "linestyle": LINES[place % len(LINES)]}
 
 
 def _axes(ax: Any) -> Axes:
     """The given axes, or those of a new figure."""
     if ax is not None and not isinstance(ax, Axes):
-        raise TypeError(f"`ax` is a {type(ax).__name__}: expected axes of matplotlib, as in _, ax = pyplot.subplots().")
+        raise TypeError(f"`ax` is a {type(ax).__name__}: expected matplotlib axes, as in _, ax = pyplot.subplots().")
     return pyplot.subplots(layout="constrained")[1] if ax is None else ax

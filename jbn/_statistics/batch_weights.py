@@ -1,4 +1,4 @@
-"""What a batch weighs in a calibration, for each feature of each norm."""
+"""The weight of a batch in a calibration, for each feature of each norm."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,13 +9,13 @@ import numpy as np
 from jbn._statistics.faults import named
 from jbn._statistics.nodes import Forest, Path, shown
 
-WEIGHTS = "expected a number of at least 0, or a tree like `state` with an array of them for each norm, one a feature"
+WEIGHTS = "expected a number of at least 0, or a tree like `state` with an array of weights by feature for each norm"
 
 
 def weights_by_feature(
     batch: Any, number: int, weights: Callable[[Any], Any] | None, forest: Forest, chosen: list[Path]
 ) -> dict[Path, np.ndarray]:
-    """The weight of the batch for each feature of each node: what `weights` gives, or the number of examples."""
+    """The weight of the batch for each feature of each node: the result of `weights`, or the number of examples."""
     given = _examples(batch, number) if weights is None else weights(batch)
     leaves = {shown(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(given)[0]}
     if extra := leaves.keys() - {"", *map(shown, forest.nodes)}:
@@ -31,7 +31,9 @@ def weights_by_feature(
             array = np.array(np.nan)
         if array.shape not in ((), features) or not (np.isfinite(array) & (array >= 0)).all():
             where = "" if one else f" at {named(path)}"
-            raise ValueError(f"`weights` gives {weight!r}{where} for batch {number}: {WEIGHTS}, here {features}.")
+            raise ValueError(
+                f"`weights` gives {weight!r}{where} for batch {number}: {WEIGHTS}, here of shape {features}."
+            )
         found[path] = np.broadcast_to(array, features)
     return found
 
@@ -40,11 +42,9 @@ def _examples(batch: Any, number: int) -> int:
     """The number of examples in a batch: the size of the leading axis of all its arrays."""
     sizes = sorted({np.shape(leaf)[0] for leaf in jax.tree.leaves(batch) if np.ndim(leaf)})
     if len(sizes) != 1:
-        what = (
-            f"whose arrays have leading axes of sizes {sizes}" if sizes else "without an array that has a leading axis"
-        )
+        what = f"has arrays with leading axes of sizes {sizes}" if sizes else "has no array with a leading axis"
         raise ValueError(
-            f"`batches` gave one, number {number}, {what}: expected one size, the number of examples. Give "
-            "`weights`, a function from a batch to it."
+            f"`batches` gave batch {number}, which {what}: expected one size, the number of examples. Give `weights`, "
+            "a function from a batch to its weight."
         )
     return sizes[0]

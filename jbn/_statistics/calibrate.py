@@ -1,4 +1,4 @@
-"""Population statistics of a whole model, from one pass over data, without touching the model."""
+"""Population statistics for all norms of a model, from its batches and without changes to the model."""
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
@@ -29,7 +29,7 @@ OUTSIDE = "but calibrate merges on the host: call it outside of jit, and jit `st
 
 
 class Population(NamedTuple):
-    """Statistics of the batches so far, by feature, in float64: their weight, mean, biased variance and number."""
+    """Merged statistics of the batches so far, in float64 by feature: total weight, mean, biased variance, batches."""
 
     weight: np.ndarray
     mean: np.ndarray
@@ -46,38 +46,39 @@ def calibrate(
     select: Callable[[str], bool] | None = None,
     progress: bool = False,
 ) -> Any:
-    """The statistics of all data, for every norm of a model, in place of its moving averages.
+    """Replace the running statistics of every norm in a model by population statistics.
 
-    mean = sum(w_i * mean_i) / sum(w_i),  var = sum(w_i * (var_i + (mean_i - mean)**2)) / sum(w_i), over batches i
+    mean = sum(w_i * mean_i) / sum(w_i),  var = sum(w_i * (var_i + (mean_i - mean)**2)) / sum(w_i)
 
-    Each batch runs on `unset(state)`, so that what comes back are its own moments; they are merged in float64 on the
-    host, feature by feature. A feature that a batch leaves unset has weight 0 there. Exact where every norm is jbn's,
-    runs once a step, and sees values in proportion to the weight.
+    The sums run over the batches i. Each batch runs from `unset(state)`, so that `step` returns the moments of that
+    batch. They are merged in float64 on the host, feature by feature. A feature that a batch leaves unset has weight 0
+    in that batch. The result is exact if every norm is one of jbn, is called once in a step, and sees numbers of values
+    in proportion to the weights.
 
     Args:
-        step: (state, batch) -> new state, the model's own forward pass in training mode, its parameters held fixed.
-            Compile it with `jax.jit`.
-        state: any tree whose nodes hold `mean` and `var`: of jbn's states, Linen's `batch_stats`, or an NNX module.
-        batches: what `step` takes, of any sizes, once; itertools.islice takes so many of an endless iterator.
-        weights: batch -> its weight, a number of at least 0, to be given where the count of valid values is not in
-            proportion to the examples, as with masks; or a tree like `state` with an array for each norm, a weight for
-            each feature, as for masks by feature. None is the number of examples, the size of the leading axis of all
-            arrays in the batch. A batch of weight 0 is passed over.
-        select: path -> whether to calibrate the node there, a path being its keys joined by slashes. The others, such
-            as frozen norms, keep their statistics, and run on them. None is all nodes.
-        progress: show a bar, by tqdm, on standard error.
+        step: function (state, batch) -> new state: the forward pass of the model in training mode, with fixed
+            parameters. Compile it with `jax.jit`.
+        state: any tree with nodes that hold `mean` and `var`: jbn's states, Linen's `batch_stats`, or an NNX module.
+        batches: iterable of batches for `step`, of any sizes; it is read once. Cut an endless iterator with
+            itertools.islice.
+        weights: function batch -> weight, needed if the count of valid values is not in proportion to the examples, as
+            with masks. A weight is a number of at least 0 or, as for masks by feature, a tree like `state` with an
+            array for each norm, one weight for each feature. None means the number of examples, the size of the leading
+            axis of all arrays in the batch. A batch of weight 0 is skipped.
+        select: function path -> whether to calibrate the node there; a path is the keys joined by slashes. The other
+            nodes, such as frozen norms, keep their statistics and normalize by them. None selects all nodes.
+        progress: show a progress bar on standard error, with tqdm.
 
     Returns:
-        The tree, with the population's `mean` and `var` in each node that was selected, and in its `count`, where it
-        has one, the number of batches that each feature was seen in; all else is as it was.
+        The tree, with population `mean` and `var` in each selected node. A `count`, if the node has one, is the number
+        of batches in which the feature had values. Everything else is unchanged.
 
     Raises:
         ModuleNotFoundError: `progress` needs tqdm.
-        TypeError: `step`, `weights` or `select` is no function, batches are not iterable, or are traced, or state is
-            traced or in half precision.
-        ValueError: no statistics or no batches, weights that are not numbers of at least 0, or a node that ran more
-            than once or has a feature that every batch left unset or not finite: the error names it and the likely
-            reason.
+        TypeError: `step`, `weights` or `select` is not a function, `batches` is not iterable or is traced, or `state`
+            is traced or in half precision.
+        ValueError: there are no statistics or no batches, a weight is not a number of at least 0, a node ran more than
+            once, or every batch left a feature unset or not finite. The error names the nodes and the likely reason.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -88,7 +89,7 @@ def calibrate(
         >>> print(state.mean, state.var, state.count)
         [3.] [5.] [2.]
 
-        Linen and NNX, each in one line:
+        Linen and NNX models:
 
         >>> from flax import linen, nnx
         >>> model = linen.Sequential([linen.Dense(2), jbn.linen.BatchNorm(use_running_average=False)])
@@ -101,11 +102,11 @@ def calibrate(
 
     Source:
         Ioffe and Szegedy, Batch Normalization, 2015, algorithm 2, lines 7 to 11; Wu and Johnson, Rethinking "Batch" in
-        BatchNorm, 2021, section 3; the merge is Chan, Golub and LeVeque's, 1979.
+        BatchNorm, 2021, section 3. The merge is that of Chan, Golub and LeVeque, 1979.
     """
     _check_functions(step=step, weights=weights, select=select)
     if not isinstance(batches, Iterable):
-        raise TypeError(f"`batches` is a {type(batches).__name__}: expected an iterable of what `step` takes.")
+        raise TypeError(f"`batches` is a {type(batches).__name__}: expected an iterable of batches for `step`.")
     forest = nodes.find(state, "`state`")
     chosen = _chosen(forest, select)
     nothing = {path: np.zeros(np.shape(forest.at(path)["mean"])) for path in chosen}
@@ -125,14 +126,14 @@ def calibrate(
         totals = {path: _merged(total, given[path], found[path]) for path, total in totals.items()}
         weighed = {path: before | (given[path] > 0) for path, before in weighed.items()}
     if last is None:
-        raise ValueError("`batches` gave no batch of a weight above 0: expected at least one.")
+        raise ValueError("`batches` gave no batch with a weight above 0: expected at least one.")
     check_known({path: total.batches for path, total in totals.items()}, weighed, last)
     return forest.replaced({path: _as_before(path, forest.at(path), total) for path, total in totals.items()})
 
 
 def _run(step: Step, forest: Forest, chosen: list[Path], batch: Any, start: Statistics) -> Statistics:
-    """The statistics of the chosen nodes, in NumPy, after a step from these."""
-    # All in new arrays, since the step may be compiled to take over the buffers of its state.
+    """The statistics of the chosen nodes, as NumPy arrays, after a step that starts from `start`."""
+    # The step gets new arrays, since it may donate the buffers of its state.
     values = {
         path: {field: _placed(start.get(path, fields)[field], leaf) for field, leaf in fields.items()}
         for path, fields in ((path, forest.at(path)) for path in forest.nodes)
@@ -145,13 +146,13 @@ def _run(step: Step, forest: Forest, chosen: list[Path], batch: Any, start: Stat
 
 
 def _placed(value: Any, leaf: Any) -> jax.Array:
-    """The value as a new array that is like the leaf and where it is."""
+    """The value as a new array with the shape, dtype and placement of the leaf."""
     value = value if isinstance(value, jax.Array) else np.asarray(value).astype(jnp.result_type(leaf))
     return jnp.zeros_like(leaf) + value
 
 
 def _merged(total: Population, given: np.ndarray, fields: Mapping[str, Any]) -> Population:
-    """The union of all batches so far and one more, which in features that it left unset has weight 0."""
+    """Merge one more batch into the population; it has weight 0 in features that it left unset."""
     known = usable(fields)
     mean, var = (np.where(known, fields[field], 0) for field in ("mean", "var"))
     mean, var = (value.astype(np.result_type(value, np.float64)) for value in (mean, var))
@@ -164,7 +165,7 @@ def _merged(total: Population, given: np.ndarray, fields: Mapping[str, Any]) -> 
 
 
 def _as_before(path: Path, fields: Mapping[str, Any], total: Population) -> dict[str, Any]:
-    """The population's mean, variance and count in the dtypes of the node, and where its arrays are."""
+    """Population mean, variance and count, with the dtypes and placement of the node's arrays."""
     found = {}
     if "count" in fields and np.shape(fields["count"]) == total.batches.shape:
         found["count"] = _placed(total.batches, fields["count"])
@@ -173,8 +174,8 @@ def _as_before(path: Path, fields: Mapping[str, Any], total: Population) -> dict
             rounded = value.astype(jnp.result_type(fields[field]))
         if not np.isfinite(rounded).all():
             raise ValueError(
-                f"`{field}` of the population at {named(path)} is too large for {rounded.dtype}: expected `batches` of "
-                "smaller values, or a state in float64."
+                f"The population `{field}` at {named(path)} is too large for {rounded.dtype}: expected smaller values "
+                "in `batches`, or a state in float64."
             )
         found[field] = _placed(rounded, fields[field])
     return found
@@ -192,8 +193,8 @@ def _chosen(forest: Forest, select: Callable[[str], bool] | None) -> list[Path]:
         for field in ("mean", "var"):
             if (dtype := jnp.result_type(forest.at(path)[field])).itemsize < 4:
                 raise TypeError(
-                    f"`state` has `{field}` in {dtype} at {named(path)}: expected float32 or float64, since averages "
-                    "stand still in less. Convert it by `.astype`."
+                    f"`state` has `{field}` in {dtype} at {named(path)}: expected float32 or float64, since half "
+                    "precision loses small updates. Convert it by `.astype`."
                 )
     return chosen
 
@@ -206,11 +207,11 @@ def _check_functions(**functions: Any) -> None:
 
 
 def _watched(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
-    """The batches, with a bar that counts them where it was asked for."""
+    """The batches, with a progress bar if it is asked for."""
     if not progress:
         return batches
     try:
         from tqdm import tqdm
     except ModuleNotFoundError:
-        raise ModuleNotFoundError("`progress` shows a bar by tqdm, which is not installed: pip install tqdm") from None
+        raise ModuleNotFoundError("`progress` needs tqdm, which is not installed: pip install tqdm") from None
     return tqdm(batches, desc="calibrate", unit="batch")

@@ -1,4 +1,4 @@
-"""What can be wrong with a norm that is calibrated, found by running the step from chosen statistics, and said."""
+"""Errors of calibration: faults of norms, found by running the step from chosen statistics, and their messages."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -11,44 +11,44 @@ FEW = 5
 LINES = 10
 ROUNDING = 2.0**-20
 Run = Callable[[Statistics], Statistics]
-"""A step on one batch, from statistics to statistics."""
+"""A step on one batch: a function from statistics to new statistics."""
 
 NOT_OURS = (
-    "averages its statistics with the unset ones, so that it is none of jbn's: use jbn.linen.BatchNorm, "
-    "jbn.nnx.BatchNorm or jbn.batch_norm, which take its variables"
+    "averages its statistics with unset ones, so it is not a norm of jbn: use jbn.linen.BatchNorm, jbn.nnx.BatchNorm "
+    "or jbn.batch_norm, which accept its variables"
 )
 STANDS_STILL = (
-    "is left as it was: it is frozen or in eval mode, is not run, or no batch is finite and valid there. Leave it out "
-    "by `select`, or run it in training mode"
+    "was not updated: it is frozen or in eval mode, is not called, or no batch has finite, valid values there. Leave "
+    "it out with `select`, or run it in training mode"
 )
-POISONED = "saw no finite values: a norm named here that comes before it was unset, and gave NaN"
-NOT_FINITE = "has statistics that are not finite, which those of jbn's norms never become: use one of them"
-NO_WEIGHT = "has weight 0 in each batch that has values there: give `weights` above 0, or leave it out by `select`"
-SEVERAL_CALLS = "so that its statistics are those of no one batch: give each call a norm of its own"
+POISONED = "received no finite values: a norm before it, named here, was unset and returned NaN"
+NOT_FINITE = "has statistics that are not finite, which never happens with a norm of jbn: use one"
+NO_WEIGHT = "has weight 0 in each batch with values there: give `weights` above 0, or leave it out with `select`"
+SEVERAL_CALLS = "so its statistics are not those of one batch: give each call a norm of its own"
 
 
 def check_same_nodes(forest: Forest, chosen: list[Path], new: Forest) -> None:
-    """The step gives back a tree like the one that it got."""
+    """Check that the step returns a tree like the one that it was given."""
     missing = [path for path in chosen if path not in new.nodes]
     if missing:
         raise ValueError(
-            f"`step` gives no statistics at {_list(missing)}, but at {_list(list(new.nodes))}: expected the new state, "
-            "a tree like `state`."
+            f"`step` returns no statistics at {_list(missing)}, only at {_list(list(new.nodes))}: expected the new "
+            "state, a tree like `state`."
         )
     for path in chosen:
         for field in ("mean", "var"):
             given, before = (np.shape(tree.at(path)[field]) for tree in (new, forest))
             if given != before:
-                raise ValueError(f"`step` gives `{field}` of shape {given} at {named(path)}: expected {before}.")
+                raise ValueError(f"`step` returns `{field}` of shape {given} at {named(path)}: expected {before}.")
 
 
 def usable(fields: Mapping[str, Any]) -> np.ndarray:
-    """The features whose statistics are those of a batch: neither unset nor otherwise not finite."""
+    """The features with statistics of a batch, which are finite: not unset, NaN or infinite."""
     return np.isfinite(fields["mean"]) & np.isfinite(fields["var"])
 
 
 def check_batch(found: Statistics, number: int) -> None:
-    """Statistics are not averaged with unset ones, nor those of several calls."""
+    """Check that no statistics are averages with unset ones or come from several calls of a norm."""
     problems: dict[Path, str] = {}
     for path, fields in found.items():
         if np.any(np.isneginf(fields["var"]) & (fields["mean"] != 0)):
@@ -56,12 +56,13 @@ def check_batch(found: Statistics, number: int) -> None:
         elif np.max(fields.get("count", 1), initial=1) > 1:
             problems[path] = f"ran {int(np.max(fields['count']))} times in a step, {SEVERAL_CALLS}"
     _refuse(
-        _lines(problems), f"`step` on batch {number} gave no statistics of it for {len(problems)} of {len(found)} norms"
+        _lines(problems),
+        f"`step` on batch {number} gave no statistics of that batch for {len(problems)} of {len(found)} norms",
     )
 
 
 class Last(NamedTuple):
-    """The last batch that was run: its number, the step on it, and the statistics that this gave."""
+    """The last batch that was run: its number, the step on it, and the resulting statistics."""
 
     number: int
     run: Run
@@ -69,12 +70,12 @@ class Last(NamedTuple):
 
 
 def check_known(counts: Mapping[Path, np.ndarray], weighed: Mapping[Path, np.ndarray], last: Last) -> None:
-    """Each feature has statistics of some batch; `weighed` are those that had a weight in some."""
+    """Check that each feature has statistics of some batch; `weighed` marks those with a weight in some batch."""
     number, run, found = last
     lost = {path: count == 0 for path, count in counts.items() if np.any(count == 0)}
     if not lost:
         return
-    # From common statistics instead of unset ones, those that stand still are told from those that NaN came to.
+    # A run from set statistics tells norms that are not updated from norms that received NaN.
     from_common = run(everywhere(found, mean=0, var=1))
     lines = []
     for path, features in lost.items():
@@ -97,7 +98,7 @@ def check_known(counts: Mapping[Path, np.ndarray], weighed: Mapping[Path, np.nda
 
 
 def _at(features: np.ndarray) -> str:
-    """Which features of a norm, for a message; nothing if it is all of them."""
+    """The features of a norm as text for a message; empty if all features are concerned."""
     if features.all():
         return ""
     places = [place[0] if len(place) == 1 else place for place in map(tuple, np.argwhere(features).tolist())]
@@ -106,27 +107,30 @@ def _at(features: np.ndarray) -> str:
 
 
 def check_ran_once(run: Run, found: Statistics) -> None:
-    """Norms without a count ran once: one call that starts from its batch's own statistics leaves them as they are.
+    """Check that norms without a count ran once in a step.
 
-    After several calls they are a mixture of batches, which the same calls move on.
+    One call that starts from the moments of its own batch leaves them unchanged. After several calls the statistics are
+    a mixture of batches, which the same calls change again.
     """
     if all("count" in fields for fields in found.values()):
         return
     again = run(found)
     suspects = [path for path, fields in found.items() if "count" not in fields and _differ(fields, again[path])]
-    # A step that draws random numbers anew, as for dropout, moves all by itself.
+    # A step that draws new random numbers, as for dropout, gives other statistics in each run.
     if suspects and not _any_differ(found, run(everywhere(found, mean=0, var=-np.inf)), suspects):
         problems = dict.fromkeys(suspects, f"ran more than once in a step, {SEVERAL_CALLS}")
-        _refuse(_lines(problems), f"after `step`, {len(problems)} of {len(found)} norms have no moments of one batch")
+        _refuse(
+            _lines(problems), f"after `step`, {len(problems)} of {len(found)} norms do not have moments of one batch"
+        )
 
 
 def everywhere(nodes: Iterable[Path], mean: float, var: float) -> Statistics:
-    """The same mean and variance for all, and a count of 0."""
+    """The same mean and variance for all nodes, and a count of 0."""
     return {path: {"mean": mean, "var": var, "count": 0} for path in nodes}
 
 
 def named(path: Path) -> str:
-    """A node, for a message."""
+    """The path of a node, for a message."""
     return shown(path) or "(the tree itself)"
 
 
@@ -135,7 +139,7 @@ def _any_differ(found: Statistics, again: Statistics, paths: list[Path]) -> bool
 
 
 def _differ(fields: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
-    """Whether the means are further apart than rounding could have brought them in the layers before."""
+    """Whether the means differ by more than the rounding errors of the layers before can explain."""
     both = usable(fields) & usable(others)
     mean, var, other = (np.where(both, value, 0) for value in (fields["mean"], fields["var"], others["mean"]))
     return bool(np.any(np.abs(mean - other) > ROUNDING * (np.abs(mean) + np.sqrt(var))))
@@ -147,7 +151,7 @@ def _lines(problems: Mapping[Path, str]) -> list[str]:
 
 def _refuse(lines: list[str], what: str) -> None:
     if lines:
-        # The causes before their consequences, of which there may be hundreds.
+        # Causes come before their consequences, since there may be hundreds of consequences.
         lines = sorted(lines, key=lambda line: line.endswith(POISONED))
         if len(lines) > LINES:
             lines[LINES:] = [f"and {len(lines) - LINES} more"]

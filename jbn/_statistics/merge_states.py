@@ -1,4 +1,4 @@
-"""One tree of statistics from those of replicas that trained without sharing theirs."""
+"""Merging the running statistics of replicas that were trained apart."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,25 +16,26 @@ from jbn._statistics import nodes
 
 
 def merge_states(*trees: Any, weights: Sequence[ArrayLike] | None = None) -> Any:
-    """The running statistics of replicas as those of one population, by the law of total variance.
+    """Merge the running statistics of replicas into those of one population, by the law of total variance.
 
-    mean = sum(w_i * mean_i),  var = sum(w_i * (var_i + |mean_i - mean|**2)),  w = weights / sum(weights)
+    mean = sum(w_i * mean_i),  var = sum(w_i * (var_i + |mean_i - mean|**2))
+    w = weights / sum(weights)
 
-    The average of the variances alone would lose the spread of the means.
+    An average of the variances alone would leave out the variance between the means.
 
     Args:
-        *trees: running statistics with the same nodes: states, or whole trees that have `mean` and `var` in some nodes,
-            as variables of Linen or `nnx.state` of a model. What is unset in a feature says nothing about it.
-        weights: a number of at least 0 for each tree, as the examples that it saw; None weighs them the same. A tree
-            of weight 0 changes nothing but the count, whatever it holds.
+        *trees: running statistics with the same nodes: states, or trees that have `mean` and `var` in some nodes, as
+            Linen variables or `nnx.state` of a model. Unset features of a tree are left out of the merge.
+        weights: a number of at least 0 for each tree, such as the number of examples that it saw; None weighs all trees
+            equally. A tree of weight 0 affects only the count, whatever it holds.
 
     Returns:
-        The first tree with the merged statistics, not differentiated; `count` is the largest one of each feature. What
-        is unset in all trees stays so, and leaves that are no statistics are those of the first tree.
+        The first tree with the merged statistics, not differentiated; `count` is the largest count of each feature. A
+        feature that is unset in all trees stays unset. All other leaves are those of the first tree.
 
     Raises:
-        TypeError: statistics in half precision, or weights that are no numbers.
-        ValueError: no trees, nodes or shapes that differ, no statistics, or weights that do not fit.
+        TypeError: statistics are in half precision, or a weight is not a number.
+        ValueError: there are no trees or no statistics, nodes or shapes differ, or the weights do not fit.
 
     Example:
         >>> import jax
@@ -45,7 +46,7 @@ def merge_states(*trees: Any, weights: Sequence[ArrayLike] | None = None) -> Any
         >>> print(state.mean, state.var, state.count)
         [2.] [5.] [9.]
 
-        Whole models, and replicas that are stacked along a first axis, as pmap leaves them:
+        Trees of a model, and replicas stacked along a first axis, as pmap returns them:
 
         >>> print(jbn.merge_states({"stem": left}, {"stem": right})["stem"].var)
         [5.]
@@ -68,33 +69,33 @@ def merge_states(*trees: Any, weights: Sequence[ArrayLike] | None = None) -> Any
 
 
 def _checked(forests: list[nodes.Forest], number: int, path: nodes.Path) -> dict[str, jax.Array]:
-    """The statistics of a node in one of the trees, as arrays that fit those of the first."""
+    """The statistics of a node in one of the trees, as arrays, checked against the first tree."""
     first, forest = forests[0], forests[number]
     name = f"`trees[{number}]` at {nodes.shown(path) or 'the root'}"
     if forest.nodes.keys() != first.nodes.keys():
         other = [nodes.shown(path) or "the root" for path in sorted(first.nodes.keys() ^ forest.nodes.keys(), key=str)]
         raise ValueError(
-            f"`trees[{number}]` and `trees[0]` hold other norms, expected the same: only one of them has "
+            f"`trees[{number}]` and `trees[0]` hold different norms: expected the same, but only one of them has "
             f"{', '.join(other)}."
         )
     fields, like = ({field: jnp.asarray(leaf) for field, leaf in tree.at(path).items()} for tree in (forest, first))
     if fields.keys() != like.keys():
-        raise ValueError(f"{name} has {', '.join(fields)}: expected {', '.join(like)}, as `trees[0]` has there.")
+        raise ValueError(f"{name} has {', '.join(fields)}: expected {', '.join(like)}, as in `trees[0]`.")
     for field, leaf in fields.items():
         if leaf.shape != like[field].shape or like["var"].shape != like["mean"].shape:
             raise ValueError(
-                f"{name} has `{field}` of shape {leaf.shape}: expected {like['mean'].shape}, as `trees[0]` has it."
+                f"{name} has `{field}` of shape {leaf.shape}: expected {like['mean'].shape}, as in `trees[0]`."
             )
         if field != "count" and not _dtypes.is_state_dtype(leaf.dtype):
             raise TypeError(
                 f"{name} has `{field}` in {leaf.dtype.name}: expected float32 or float64, since sums of squares lose "
-                "digits in less. Convert it by `.astype`."
+                "digits in half precision. Convert it by `.astype`."
             )
     return fields
 
 
 def _merged(replicas: list[dict[str, jax.Array]], weights: jax.Array) -> dict[str, jax.Array]:
-    """The statistics of one node."""
+    """The merged statistics of one node."""
     stacked = {field: jnp.stack(_in_one_dtype([fields[field] for fields in replicas])) for field in replicas[0]}
     var = stacked["var"]
     weight = jnp.expand_dims(weights, range(1, var.ndim)).astype(var.dtype)
@@ -110,14 +111,14 @@ def _merged(replicas: list[dict[str, jax.Array]], weights: jax.Array) -> dict[st
 
 
 def _in_one_dtype(leaves: list[jax.Array]) -> list[jax.Array]:
-    """The leaves in the dtype that holds all of theirs."""
+    """The leaves in the dtype to which all of them promote."""
     with jax.numpy_dtype_promotion("standard"):
         widest = jnp.result_type(*leaves)
     return [leaf.astype(widest) for leaf in leaves]
 
 
 def _checked_weights(weights: Any, trees: int, dtype: Any) -> jax.Array:
-    """One weight a tree, relative to the largest, so that counts of any size can be given."""
+    """One weight for each tree, relative to the largest, so that counts of any size can be given."""
     if weights is None:
         return jnp.ones(trees, dtype)
     expected = f"expected {trees} numbers of at least 0, not all 0, one for each tree"

@@ -1,4 +1,4 @@
-"""The nodes of a tree that hold statistics of a norm, found by the names of their leaves."""
+"""Finding the nodes of a tree that hold the statistics of a norm, by the names of their leaves."""
 
 import re
 from collections.abc import Mapping
@@ -11,22 +11,22 @@ FIELDS = ("mean", "var", "count")
 OF_NORMS = (*FIELDS, "scale", "bias")
 Path = tuple[Any, ...]
 Statistics = Mapping[Path, Mapping[str, Any]]
-"""Some of `mean`, `var` and `count` by the path of their node."""
+"""Some of `mean`, `var` and `count`, by the path of their node."""
 
 
 class Forest(NamedTuple):
-    """A tree taken apart: its leaves, their structure, and where in the leaves each node has its statistics."""
+    """A flattened tree: its leaves, its structure, and the places of each node's statistics in the leaves."""
 
     leaves: list[Any]
     structure: Any
     nodes: dict[Path, dict[str, int]]
 
     def at(self, path: Path) -> dict[str, Any]:
-        """The statistics of a node, by their names."""
+        """The statistics of a node, by name."""
         return {field: self.leaves[place] for field, place in self.nodes[path].items()}
 
     def replaced(self, values: Statistics) -> Any:
-        """The tree with other statistics in some of its nodes."""
+        """The tree with new statistics in some of its nodes."""
         leaves = list(self.leaves)
         for path, fields in values.items():
             for field, value in fields.items():
@@ -35,10 +35,10 @@ class Forest(NamedTuple):
 
 
 def find(tree: Any, name: str) -> Forest:
-    """Every node with a float `mean` and `var`, and its `count` where it has one: jbn's, Linen's, or NNX's.
+    """Find every node with a float `mean` and `var`, and its `count` if it has one, of jbn, Linen or NNX.
 
     Raises:
-        ValueError: the tree, called by `name` in the message, has none.
+        ValueError: the tree, called `name` in the message, has no such node.
     """
     nodes = places(tree)
     if not nodes:
@@ -47,10 +47,10 @@ def find(tree: Any, name: str) -> Forest:
 
 
 def places(tree: Any) -> dict[Path, dict[str, int]]:
-    """Where in the leaves of a tree each node with statistics has them; a tree may have none."""
+    """The places of each node's statistics in the leaves of a tree; empty for a tree without statistics."""
     found: dict[Path, dict[str, int]] = {}
     for place, (path, leaf) in enumerate(jax.tree_util.tree_flatten_with_path(tree)[0]):
-        # A variable of NNX is a node of its own, whose leaf is its value.
+        # A variable of NNX is a node with one leaf, its value.
         path = path[:-1] if path and _name(path[-1]) == "value" else path
         field = _name(path[-1]) if path else ""
         if field in FIELDS and _is_of(jnp.number if field == "count" else jnp.inexact, leaf):
@@ -59,15 +59,15 @@ def places(tree: Any) -> dict[Path, dict[str, int]]:
 
 
 def _is_of(kind: Any, leaf: Any) -> bool:
-    """Whether a leaf is an array, or a number, of a kind of dtype."""
+    """Whether a leaf is an array or number with a dtype of this kind."""
     try:
         return jnp.issubdtype(jnp.result_type(leaf), kind)
-    except TypeError:  # of texts, and of other libraries' arrays
+    except TypeError:  # for strings and arrays of other libraries
         return False
 
 
 def shown(path: Path) -> str:
-    """The path of a node as text, its keys joined by slashes."""
+    """The path of a node as text: its keys joined by slashes."""
     return "/".join(map(_name, path))
 
 
@@ -76,10 +76,10 @@ def _name(key: Any) -> str:
 
 
 def incomplete(tree: Any, norm: re.Pattern[str]) -> dict[Path, list[str]]:
-    """The variables that are missing from nodes of norms, by path, told by what else there is.
+    """The variables that are missing from the nodes of norms, by path.
 
-    A `mean` or a `var` without the other; a count that all other norms have; a scale or bias of a batch norm, whose
-    name `norm` matches, without statistics.
+    These are a `mean` or `var` if only the other is there, a `count` if most other norms have one, and both `mean` and
+    `var` if there is only a scale or bias in a node with a name that `norm` matches.
     """
     members: dict[Path, set[str]] = {}
     for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]:

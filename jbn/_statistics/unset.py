@@ -1,4 +1,4 @@
-"""Statistics that are not known yet."""
+"""Marking statistics as unset."""
 
 from typing import Any
 
@@ -8,16 +8,18 @@ from jbn._statistics import nodes
 
 
 def unset(tree: Any) -> Any:
-    """Mark statistics as not known yet: the next good batch's own moments replace them whole.
+    """Mark statistics as unset, so that the moments of the next valid batch replace them.
 
-    mean = 0, var = -inf, count = 0. Inference with them gives NaN, loudly.
+    mean = 0,  var = -inf,  count = 0
+
+    Inference with unset statistics gives NaN.
 
     Args:
-        tree: any tree of jbn statistics, of states, a Linen dict, an NNX state or module: every node with `mean` and
-            `var` is marked, and its `count` where it has one; all else is left as it is.
+        tree: any tree with jbn statistics, such as states, Linen variables, or an NNX state or module. Every node with
+            `mean` and `var` is marked, and its `count` if it has one; everything else is returned unchanged.
 
     Returns:
-        The tree, of the same structure, shapes and dtypes.
+        The tree, with the same structure, shapes and dtypes.
 
     Raises:
         ValueError: the tree holds no statistics.
@@ -31,7 +33,7 @@ def unset(tree: Any) -> Any:
         [4.] [1.] [1.]
 
     Source:
-        jbn's own convention; -inf survives averaging, is no variance, and leaves NaN to mean a fault.
+        jbn's own convention. -inf stays -inf when averaged and cannot be a variance; NaN remains the sign of a fault.
     """
     forest = nodes.find(tree, "`tree`")
     marks = {"mean": 0, "var": -jnp.inf, "count": 0}

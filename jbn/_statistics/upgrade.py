@@ -1,4 +1,4 @@
-"""Statistics of jbn 0.1, which counted the updates of a norm, as those of 0.2, which counts those of each feature."""
+"""Conversion of statistics from jbn 0.1, which has one count for each norm, to 0.2, which has one for each feature."""
 
 from typing import Any
 
@@ -9,16 +9,18 @@ from jbn._statistics import nodes
 
 
 def upgrade(tree: Any) -> Any:
-    """Give each feature of statistics from jbn 0.1 its count: before 0.2 a norm had one for all, an int32 scalar.
+    """Convert the counts of jbn 0.1, an int32 scalar for each norm, to one count for each feature.
 
-    count = broadcast(count, mean.shape), over the trailing axes: (L,) of a scanned stack becomes (L, features).
+    count = broadcast(count, mean.shape)
+
+    The count is repeated over trailing axes: (L,) of a scanned stack becomes (L, features).
 
     Args:
-        tree: any tree of jbn statistics: a State, a dict of them, variables of Linen, `nnx.state` of a model. Nodes
-            without a count, and those that have one for each feature, are returned unchanged.
+        tree: any tree with jbn statistics: a State, a dict of states, Linen variables, or `nnx.state` of a model.
+            Nodes without a count, or with one for each feature, are returned unchanged.
 
     Returns:
-        The tree, of the same structure; each count is float32 and of the shape of its mean.
+        The tree, with the same structure; each count is float32 and has the shape of its mean.
 
     Raises:
         ValueError: the tree holds no statistics, or a count does not fit its mean.
@@ -46,8 +48,10 @@ def upgrade(tree: Any) -> Any:
 
 
 def for_each_feature(count: jax.Array, mean: Any) -> jax.Array:
-    """A count of fewer axes than the mean, for each feature."""
+    """A count with the leading axes of the mean, repeated for each feature."""
     if count.shape != mean.shape[: count.ndim]:
-        raise ValueError(f"`count` has shape {count.shape}, but `mean` {mean.shape}: expected its first axes, or ().")
+        raise ValueError(
+            f"`count` has shape {count.shape}, but `mean` has {mean.shape}: expected leading axes of `mean`, or ()."
+        )
     count = jnp.expand_dims(count, range(count.ndim, mean.ndim))
     return jnp.broadcast_to(count, mean.shape).astype(jnp.float64 if count.dtype == jnp.float64 else jnp.float32)

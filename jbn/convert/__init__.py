@@ -1,7 +1,7 @@
-"""Other libraries' batch norms to jbn's and back, bit for bit: mappings of arrays, without importing those libraries.
+"""Conversion of batch norms from and to other libraries, bit for bit, without importing those libraries.
 
-`from_*` and `to_*` convert one norm, `split` and `join` every norm of a model. Only arrays travel: give `epsilon` (1e-3
-in Keras), `momentum`, `running_var` and `feature_axis` where you call `jbn.batch_norm`.
+`from_*` and `to_*` convert one norm; `split` and `join` convert every norm of a model. Only arrays are converted: pass
+`epsilon` (1e-3 in Keras), `momentum`, `running_var` and `feature_axis` to `jbn.batch_norm` yourself.
 """
 
 from jbn.convert._equinox import from_equinox

@@ -1,4 +1,4 @@
-"""Flax's batch norms, Linen and NNX, its own and jbn's: one norm in and out."""
+"""Conversion of one norm from and to Flax Linen and NNX, for the modules of Flax and of jbn."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,19 +13,19 @@ LINEN = {"params": ("scale", "bias"), "batch_stats": ("mean", "var", "count")}
 
 
 def from_linen(variables: Mapping[str, Mapping[str, Any]], *, count: int | None = None) -> tuple[Params, State]:
-    """jbn's norm from the variables of a Flax Linen one, Flax's own or `jbn.linen.BatchNorm`.
+    """Convert the variables of `flax.linen.BatchNorm` or `jbn.linen.BatchNorm` to Params and State.
 
-    scale, bias from `params`;  mean, var, and count where there is one, from `batch_stats`
+    `scale` and `bias` come from `params`; `mean`, `var` and `count`, if there is one, come from `batch_stats`.
 
     Args:
         variables: `{"params": {"scale", "bias"}, "batch_stats": {"mean", "var"}}`.
-        count: the updates of every feature so far, instead of stored ones, which are 0 where they are missing.
+        count: number of updates of every feature. It replaces the stored count; without both, the count is 0.
 
     Returns:
-        Params and State, of the same arrays.
+        Params and State, with the same arrays.
 
     Raises:
-        TypeError: something that is no mapping, or count is no int.
+        TypeError: variables or a collection is not a mapping, or count is not an int.
         ValueError: entries are missing, extra or misshaped; the error lists them.
 
     Example:
@@ -41,27 +41,27 @@ def from_linen(variables: Mapping[str, Mapping[str, Any]], *, count: int | None 
     check_mapping("variables", variables, "with params and batch_stats")
     extra = [f"`{name}` is extra" for name in variables if name not in LINEN]
     if extra:
-        raise ValueError(f"`variables` are not those of one norm, params and batch_stats: {', '.join(extra)}.")
+        raise ValueError(f"`variables` has more than the params and batch_stats of one norm: {', '.join(extra)}.")
     for name, collection in variables.items():
         check_mapping(f"variables[{name!r}]", collection, "the arrays of one norm")
     return read_one(FLAX, {**variables.get("params", {}), **variables.get("batch_stats", {})}, count)
 
 
 def to_linen(params: Params, state: State, *, with_count: bool = False) -> dict[str, dict[str, jax.Array]]:
-    """The variables of a Flax Linen norm from jbn's norm; the inverse of `from_linen`.
+    """Convert Params and State to the variables of a Flax Linen norm; the inverse of `from_linen`.
 
-    `params` with scale and bias;  `batch_stats` with mean and var
+    `scale` and `bias` go to `params`; `mean` and `var` go to `batch_stats`.
 
     Args:
-        params: scale and bias; one that is None is left out.
+        params: scale and bias; None is left out.
         state: running mean, variance and count.
-        with_count: whether `batch_stats` has the count too, which `jbn.linen.BatchNorm` with a schedule reads.
+        with_count: True adds `count` to `batch_stats`, which `jbn.linen.BatchNorm` with a schedule reads.
 
     Returns:
-        The same arrays by Flax's names.
+        The same arrays, under Flax's names.
 
     Raises:
-        TypeError: params or state is not jbn's.
+        TypeError: params is not a Params, or state is not a State.
 
     Example:
         >>> import jbn
@@ -78,19 +78,19 @@ def to_linen(params: Params, state: State, *, with_count: bool = False) -> dict[
 
 
 def from_nnx(entries: Mapping[str, Any], *, count: int | None = None) -> tuple[Params, State]:
-    """jbn's norm from the state of a Flax NNX one, Flax's own or `jbn.nnx.BatchNorm`.
+    """Convert the state of `flax.nnx.BatchNorm` or `jbn.nnx.BatchNorm` to Params and State.
 
-    scale, bias, mean, var, and count where there is one
+    The entries are `scale`, `bias`, `mean`, `var` and, if there is one, `count`.
 
     Args:
-        entries: `nnx.state(layer)`, or arrays by the same names.
-        count: the updates of every feature so far, instead of stored ones, which are 0 where they are missing.
+        entries: `nnx.state(layer)`, or a mapping of arrays with the same names.
+        count: number of updates of every feature. It replaces the stored count; without both, the count is 0.
 
     Returns:
-        Params and State, of the same arrays.
+        Params and State, with the same arrays.
 
     Raises:
-        TypeError: something that is no mapping, or count is no int.
+        TypeError: entries is not a mapping, or count is not an int.
         ValueError: entries are missing, extra or misshaped; the error lists them.
 
     Example:
@@ -107,20 +107,20 @@ def from_nnx(entries: Mapping[str, Any], *, count: int | None = None) -> tuple[P
 
 
 def to_nnx(params: Params, state: State, *, with_count: bool = False) -> dict[str, jax.Array]:
-    """The arrays of a Flax NNX norm from jbn's norm; the inverse of `from_nnx`.
+    """Convert Params and State to the arrays of a Flax NNX norm; the inverse of `from_nnx`.
 
-    scale, bias, mean, var
+    The names are `scale`, `bias`, `mean` and `var`.
 
     Args:
-        params: scale and bias; one that is None is left out.
+        params: scale and bias; None is left out.
         state: running mean, variance and count.
-        with_count: whether to give the count too, which `jbn.nnx.BatchNorm` with a schedule reads.
+        with_count: True adds `count`, which `jbn.nnx.BatchNorm` with a schedule reads.
 
     Returns:
-        The same arrays by Flax's names, for `nnx.update(layer, arrays)`.
+        The same arrays, under Flax's names, for `nnx.update(layer, arrays)`.
 
     Raises:
-        TypeError: params or state is not jbn's.
+        TypeError: params is not a Params, or state is not a State.
 
     Example:
         >>> import jbn

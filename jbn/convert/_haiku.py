@@ -1,4 +1,4 @@
-"""Haiku's batch norm: parameters of the rank of the input, and averages kept by modules of their own."""
+"""Conversion from Haiku, where parameters have the rank of the input and submodules store the averages."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,21 +11,21 @@ AVERAGES = ("mean_ema", "var_ema")
 
 
 def from_haiku(entries: Mapping[str, Any], *, count: int | None = None) -> tuple[Params, State]:
-    """jbn's norm from a Haiku one.
+    """Convert a Haiku norm to Params and State.
 
     scale = scale,  bias = offset,  mean = mean_ema.average,  var = var_ema.average,  count = counter
 
     Args:
-        entries: `scale` and `offset` as in Haiku's params, and `mean_ema` and `var_ema`, the mappings of `hidden`,
-            `average`, `counter` in its state. `split((params, state), "haiku")` finds them by itself.
-        count: the updates of every feature so far, instead of `counter`.
+        entries: `scale` and `offset` from Haiku's params, and `mean_ema` and `var_ema` from its state, each a mapping
+            with `hidden`, `average` and `counter`. `split((params, state), "haiku")` finds them in a model.
+        count: number of updates of every feature. It replaces `counter`.
 
     Returns:
-        Params and State, without the axes of size 1, which Haiku keeps for those that it reduces. Training goes on as
-        Haiku's does with `momentum=jbn.momentum.debiased(decay_rate)`.
+        Params and State, without the axes of size 1 that Haiku keeps for the reduced axes. To continue training as in
+        Haiku, use `momentum=jbn.momentum.debiased(decay_rate)`.
 
     Raises:
-        TypeError: entries is no mapping, or count is no int.
+        TypeError: entries is not a mapping, or count is not an int.
         ValueError: entries are missing, extra or misshaped; the error lists them.
 
     Example:
@@ -45,7 +45,7 @@ def from_haiku(entries: Mapping[str, Any], *, count: int | None = None) -> tuple
 
 
 def flattened(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """One level of arrays of the feature shape."""
+    """The entries as one flat mapping of arrays of the feature shape."""
     flat = {name: value for name, value in entries.items() if name not in AVERAGES}
     for name in AVERAGES:
         average = entries.get(name, {})
@@ -57,7 +57,7 @@ def flattened(entries: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _squeezed(value: Any) -> Any:
-    """Without the axes of size 1, which stand for those that are reduced; a single feature keeps one."""
+    """The array without axes of size 1, which stand for the reduced axes; a single feature keeps one axis."""
     try:
         array = as_array(value)
     except (TypeError, ValueError):

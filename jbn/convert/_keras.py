@@ -1,4 +1,4 @@
-"""Keras' batch norm: one norm in and out."""
+"""Conversion of one norm from and to Keras."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,19 +12,19 @@ KERAS = Names("Keras", "gamma", "beta", "moving_mean", "moving_variance", None)
 
 
 def from_keras(entries: Mapping[str, Any], *, count: int | None = None) -> tuple[Params, State]:
-    """jbn's norm from a Keras one.
+    """Convert a Keras norm to Params and State.
 
     scale = gamma,  bias = beta,  mean = moving_mean,  var = moving_variance
 
     Args:
         entries: `{v.name: v for v in layer.variables}`: variables or arrays of shape (C,).
-        count: the updates that the averages of every feature stand for; 0 if None, since Keras does not count.
+        count: number of updates of every feature; None means 0, since Keras does not count updates.
 
     Returns:
-        Params and State, copies. Keras' epsilon is 1e-3, not 1e-5.
+        Params and State, as copies. The epsilon of Keras is 1e-3, not 1e-5.
 
     Raises:
-        TypeError: entries is no mapping, or count is no int.
+        TypeError: entries is not a mapping, or count is not an int.
         ValueError: entries are missing, extra or misshaped; the error lists them.
 
     Example:
@@ -42,20 +42,20 @@ def from_keras(entries: Mapping[str, Any], *, count: int | None = None) -> tuple
 
 
 def to_keras(params: Params, state: State) -> dict[str, np.ndarray]:
-    """A Keras norm's variables from jbn's norm; the inverse of `from_keras`.
+    """Convert Params and State to the variables of a Keras norm; the inverse of `from_keras`.
 
     gamma = scale,  beta = bias,  moving_mean = mean,  moving_variance = var
 
     Args:
-        params: scale and bias; one that is None is left out.
-        state: running mean and variance; Keras does not count.
+        params: scale and bias; None is left out.
+        state: running mean and variance; the count is left out.
 
     Returns:
-        Writable NumPy arrays, bfloat16 as float32, by Keras' names:
+        Writable NumPy arrays, bfloat16 as float32, under Keras' names:
         `for v in layer.variables: v.assign(arrays[v.name])`.
 
     Raises:
-        TypeError: params or state is not jbn's.
+        TypeError: params is not a Params, or state is not a State.
 
     Example:
         >>> import jbn

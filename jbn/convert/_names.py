@@ -1,4 +1,4 @@
-"""What other libraries call the arrays of a batch norm, and the checks of what a mapping holds of them."""
+"""The names of a norm's arrays in other libraries, and checks of mappings that hold these arrays."""
 
 import operator
 from collections.abc import Mapping
@@ -17,11 +17,11 @@ from jbn._statistics.upgrade import for_each_feature
 Norm = tuple[Params, State]
 LARGEST = 2**31 - 1
 ONE_AXIS = ("PyTorch", "Keras")
-"""Libraries whose norms have their features on one axis."""
+"""Libraries with norms that have one feature axis."""
 
 
 class Names(NamedTuple):
-    """A library's names for the arrays of a norm."""
+    """The names of a norm's arrays in a library."""
 
     library: str
     scale: str
@@ -31,13 +31,13 @@ class Names(NamedTuple):
     counter: str | None
 
     def known(self) -> list[str]:
-        """The names that a norm may have."""
+        """The names of arrays that a norm may have."""
         return [name for name in self[1:] if name is not None]
 
 
 def read_one(names: Names, entries: Mapping[str, Any], count: int | None) -> Norm:
-    """The norm that a mapping holds, or an error that lists what keeps it from being one."""
-    check_mapping("entries", entries, f"the arrays of one norm by the names {', '.join(names.known())}")
+    """The norm in a mapping, or an error that lists all problems."""
+    check_mapping("entries", entries, f"the arrays of one norm with the names {', '.join(names.known())}")
     norms, found = read_all(names, {"": entries}, count)
     refuse(names.library, found)
     return norms[""]
@@ -46,7 +46,7 @@ def read_one(names: Names, entries: Mapping[str, Any], count: int | None) -> Nor
 def read_all(
     names: Names, nodes: Mapping[str, Mapping[str, Any]], count: int | None
 ) -> tuple[dict[str, Norm], list[str]]:
-    """The norms that mappings hold, and what keeps the others from being one."""
+    """The norms in these mappings, and the problems of all others."""
     count = checked_count(count)
     norms, found = {}, []
     for where, entries in nodes.items():
@@ -59,71 +59,71 @@ def read_all(
 
 
 def refuse(library: str, found: list[str]) -> None:
-    """One error for all that was found."""
+    """Raise one error for all problems that were found."""
     if found:
         listed = "\n  ".join(found)
-        raise ValueError(f"the arrays are not those of batch norm in {library}:\n  {listed}")
+        raise ValueError(f"the arrays are not those of a batch norm in {library}:\n  {listed}")
 
 
 def check_mapping(name: str, value: Any, expected: str) -> None:
-    """A mapping, rather than the layer or model that it is taken from."""
+    """Check that the value is a mapping, not the layer or model that it comes from."""
     if not isinstance(value, Mapping):
         raise TypeError(f"`{name}` is a {type(value).__name__}: expected a mapping, {expected}.")
 
 
 def checked_count(count: Any) -> int | None:
-    """A starting count that was given."""
+    """The count as an int, or None if it is not given."""
     if count is None:
         return None
     try:
         number = operator.index(count)
     except TypeError:
-        raise TypeError(f"`count` is {count!r}: expected an int, the updates that the averages stand for.") from None
+        raise TypeError(f"`count` is {count!r}: expected an int, the number of updates of every feature.") from None
     if not 0 <= number <= LARGEST:
-        raise ValueError(f"`count` is {number}: expected 0 to {LARGEST}, the updates that the averages stand for.")
+        raise ValueError(f"`count` is {number}: expected 0 to {LARGEST}, the number of updates of every feature.")
     return number
 
 
 def check_norm(params: Any, state: Any) -> None:
-    """What is written out is jbn's."""
+    """Check the types of Params and State."""
     check_type("params", params, Params)
     check_type("state", state, State)
 
 
 def written(names: Names, params: Params, state: State) -> dict[str, jax.Array]:
-    """The arrays of a norm by a library's names, without the count."""
+    """The arrays of a norm under the names of a library, without the count."""
     values = {names.scale: params.scale, names.bias: params.bias, names.mean: state.mean, names.var: state.var}
     return {name: value for name, value in values.items() if value is not None}
 
 
 def written_to_numpy(names: Names, params: Params, state: State) -> dict[str, np.ndarray]:
-    """Copies, since NumPy's view of a jax array is read-only; bfloat16, which NumPy does not have, as float32."""
+    """The same as writable NumPy copies; bfloat16, which NumPy lacks, becomes float32."""
     arrays = {name: np.array(value) for name, value in written(names, params, state).items()}
     return {name: leaf.astype(np.float32) if leaf.dtype == jnp.bfloat16 else leaf for name, leaf in arrays.items()}
 
 
 def as_array(value: Any) -> jax.Array:
-    """A jax array; a copy, where the source is memory that its owner goes on writing to."""
+    """The value as a jax array; arrays of other libraries are copied, since their owner may change them later."""
     value = _unwrapped(value)
     if isinstance(value, jax.Array):
         return value
-    if str(getattr(value, "dtype", "")) == "torch.bfloat16":  # which NumPy does not have
+    if str(getattr(value, "dtype", "")) == "torch.bfloat16":  # NumPy has no bfloat16
         return jnp.array(jnp.from_dlpack(value.contiguous()), copy=True)
     value = np.asarray(value)
     if value.dtype == np.float64 and jax.dtypes.canonicalize_dtype(value.dtype) != value.dtype:
-        raise ValueError("is float64, which jax cuts to float32: convert it first, or turn jax_enable_x64 on")
+        raise ValueError("is float64, which jax truncates to float32: convert it first, or turn on jax_enable_x64")
     return jnp.array(value, copy=True)
 
 
 def _unwrapped(value: Any) -> Any:
-    """What is in a variable of NNX, or in a tensor of PyTorch without its history."""
+    """The array in an NNX variable, or a PyTorch tensor on the CPU without its autograd graph."""
     if hasattr(value, "get_value"):
         return value[...]
     return value.detach().cpu() if hasattr(value, "detach") else value
 
 
 def _arrays(names: Names, entries: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The entries as arrays, without those that are None; and those that are missing or cannot be converted."""
+    """The entries as arrays, without those that are None, and the problems: entries missing or not convertible."""
     entries = {name: value for name, value in entries.items() if value is not None}
     arrays, problems = {}, [f"`{name}` is missing" for name in (names.mean, names.var) if name not in entries]
     for name, value in entries.items():
@@ -131,8 +131,8 @@ def _arrays(names: Names, entries: Mapping[str, Any]) -> tuple[dict[str, Any], l
             arrays[name] = _updates(value) if name == names.counter else as_array(value)
         except ValueError as error:
             problems.append(f"`{name}` {error}")
-        except (TypeError, RuntimeError):  # PyTorch's tensors without data raise the latter
-            hint = ": take it out by flax.linen.meta.unbox" if hasattr(value, "unbox") else ""
+        except (TypeError, RuntimeError):  # PyTorch tensors without data raise RuntimeError
+            hint = ": unbox it with flax.linen.meta.unbox" if hasattr(value, "unbox") else ""
             problems.append(f"`{name}` is a {type(value).__name__}, which cannot be converted to an array{hint}")
     return arrays, problems
 
@@ -144,12 +144,12 @@ def _updates(value: Any) -> jax.Array:
         return value
     number = np.asarray(value)
     if not (np.all(np.isfinite(number)) and np.all(number >= 0)):
-        raise ValueError(f"is {number}, not a number of updates")
+        raise ValueError(f"is {number}, which is not a number of updates")
     return jnp.asarray(number.astype(np.float32))
 
 
 def _problems(names: Names, arrays: Mapping[str, jax.Array]) -> list[str]:
-    """What keeps arrays from being a norm, each in a few words."""
+    """The reasons why arrays are not a norm, each in a few words."""
     found = []
     shape = arrays[names.mean].shape if names.mean in arrays else None
     for name, leaf in arrays.items():
@@ -158,7 +158,7 @@ def _problems(names: Names, arrays: Mapping[str, jax.Array]) -> list[str]:
                 f"`{name}` is extra; a norm has {', '.join(names.known())}; see `rename` and `ignore` of split"
             )
         elif name == names.counter:
-            # One for each feature, for each norm of a stack, or for the norm.
+            # The count is one for each feature, one for each norm of a stack, or one for the norm.
             if shape is not None and leaf.shape != shape[: leaf.ndim]:
                 found.append(f"`{name}` has shape {leaf.shape}, not {shape} or ()")
         elif not jnp.issubdtype(leaf.dtype, jnp.floating if name == names.var else jnp.inexact):
@@ -174,10 +174,10 @@ def _problems(names: Names, arrays: Mapping[str, jax.Array]) -> list[str]:
 
 
 def _norm(names: Names, arrays: Mapping[str, jax.Array], count: int | None) -> Norm:
-    """The norm of arrays in which no problem was found."""
+    """The norm from arrays without problems."""
     stored = arrays.get(names.counter or "", 0)
     mean, var = (arrays[name] for name in (names.mean, names.var))
-    # Half precision is exact in float32, and running statistics lose small updates without it.
+    # The cast from half precision to float32 is exact, and half precision would lose small updates.
     mean, var = (leaf.astype(arithmetic_dtype(leaf.dtype)) for leaf in (mean, var))
     updates = jnp.asarray(stored if count is None else count, jnp.float32)
     return Params(arrays.get(names.scale), arrays.get(names.bias)), State(mean, var, for_each_feature(updates, mean))

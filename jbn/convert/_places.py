@@ -1,4 +1,4 @@
-"""Where the arrays of batch norms lie in the trees of each library."""
+"""The places of batch norm arrays in the trees of each library."""
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
@@ -28,7 +28,7 @@ TREES = {
 
 
 def find(tree: Any, library: str) -> Found:
-    """The names of a library, the arrays of each norm in a tree by its path, and the tree without them."""
+    """The names of a library, the arrays of each norm in a tree by path, and the tree without them."""
     pair = library in ("haiku", "equinox")
     if not (isinstance(tree, tuple) and len(tree) == 2 if pair else isinstance(tree, Mapping)):
         raise TypeError(f"`tree` is a {type(tree).__name__}: for {library!r} expected {TREES[library]}.")
@@ -36,7 +36,7 @@ def find(tree: Any, library: str) -> Found:
 
 
 def _find_flat(names: Names, separator: str, tree: Mapping[str, Any]) -> Found:
-    """Either statistic makes a norm, so that one without the other is not passed over."""
+    """Find nodes with a mean or a variance; a node with only one is found too, so that it is reported."""
     nodes = {
         node: entries
         for node, entries in _by_node(tree, separator).items()
@@ -50,7 +50,7 @@ def _find_linen(tree: Mapping[str, Any]) -> Found:
         if not isinstance(tree.get(name, {}), Mapping):
             raise TypeError(f"`tree` has a {type(tree[name]).__name__} at {name}: expected a mapping.")
     params, statistics = (_by_node(tree.get(name, {}), "/") for name in LINEN)
-    # Both, since many things have a mean.
+    # Both are required, since other collections may hold a `mean`.
     nodes = {
         node: {**params.get(node, {}), **entries}
         for node, entries in statistics.items()
@@ -100,7 +100,7 @@ FINDERS: dict[str, Callable[[Any], Found]] = {
 
 
 def leaves_of(where: str, params: Params, state: State, library: str) -> dict[str, Any]:
-    """The arrays of a norm, each by its path in the tree of a library."""
+    """The arrays of a norm, by their paths in the tree of a library."""
     if library in FLAT:
         separator, write = FLAT[library]
         return {_joined(where, name, separator): leaf for name, leaf in write(params, state).items()}
@@ -116,9 +116,10 @@ def leaves_of(where: str, params: Params, state: State, library: str) -> dict[st
 
 
 def insert(tree: dict[Any, Any], path: str, leaf: Any, library: str, with_count: bool) -> None:
-    """Put a leaf into a tree of dicts: into those that are there, as far as they lead, and where its place is free.
+    """Insert a leaf into a tree of dicts, in existing dicts as far as they follow the path.
 
-    Flax's count replaces one that is there, and has no place elsewhere unless it is asked for.
+    An occupied place is an error. Flax's count replaces a count that is there; otherwise it is inserted only if
+    `with_count` is True.
     """
     separator = separator_of(library)
     node, left = _furthest(tree, path, separator)
@@ -131,22 +132,22 @@ def insert(tree: dict[Any, Any], path: str, leaf: Any, library: str, with_count:
         if not isinstance(node, dict):
             break
     if not isinstance(node, dict) or (node.get(name) is not None and not counter):
-        raise ValueError(f"`rest` has something at {path} already: expected the tree without its norms.")
+        raise ValueError(f"`rest` already has an entry at {path}: expected the tree without its norms.")
     node[name] = leaf
 
 
 def separator_of(library: str) -> str:
-    """What stands between the parts of a path."""
+    """The separator between the parts of a path."""
     return FLAT[library][0] if library in FLAT else "/"
 
 
 def key_of(part: str, library: str) -> str | int:
-    """The key for a part of a new path: in NNX, a number is a place in a sequence."""
+    """The key for a part of a new path; in NNX, a number is an index into a sequence."""
     return int(part) if library == "nnx" and part.isdigit() else part
 
 
 def _furthest(node: dict[Any, Any], path: str, separator: str) -> tuple[dict[Any, Any], str]:
-    """The mapping that leads furthest along a path, and what is left of the path there."""
+    """The innermost existing mapping on a path, and the rest of the path from there."""
     ends = [(node, path)]
     for key, below in node.items():
         if isinstance(below, dict) and path.startswith(f"{key}{separator}"):
@@ -155,12 +156,12 @@ def _furthest(node: dict[Any, Any], path: str, separator: str) -> tuple[dict[Any
 
 
 def copied(tree: Mapping[Any, Any]) -> dict[Any, Any]:
-    """The same leaves in dicts of their own."""
+    """The same leaves in new dicts."""
     return {key: copied(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
 
 
 def _by_node(tree: Mapping[Any, Any], separator: str) -> Nodes:
-    """The leaves of a tree by the path of their node, each by its name in it."""
+    """The leaves of a tree, by the path of their node and then by name."""
     nodes: Nodes = {}
     for where, leaf in _leaves(tree, separator):
         node, _, name = where.rpartition(separator)
@@ -180,7 +181,7 @@ def _leaves(tree: Mapping[Any, Any], separator: str, above: str = "") -> Iterato
 def _without(tree: Mapping[Any, Any], nodes: Nodes, separator: str, above: str = "") -> dict[Any, Any]:
     """The tree without the arrays of some nodes.
 
-    Mappings stay, so that `join` finds each place again, and so do Flax's counts, so that it knows where there was one.
+    Mappings are kept, so that `join` finds each place again. Counts of Flax are kept to show where one was stored.
     """
     kept: dict[Any, Any] = {}
     for key, value in tree.items():

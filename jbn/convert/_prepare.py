@@ -1,4 +1,4 @@
-"""What is done to the tree of another project before its norms are taken out: leaves renamed, left out, squeezed."""
+"""Preparation of a tree before `split`: renaming, leaving out and squeezing leaves."""
 
 import fnmatch
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -8,11 +8,11 @@ from jbn.convert._places import FLAT, key_of, separator_of
 
 Rename = Callable[[str], str] | Mapping[str, str]
 MAPPINGS = ("torch", "keras", "linen", "nnx")
-"""Libraries whose trees are mappings."""
+"""Libraries with trees that are mappings."""
 
 
 def prepared(tree: Any, library: str, rename: Rename | None, ignore: str | Sequence[str]) -> Any:
-    """The tree with other paths, and without the leaves that are ignored."""
+    """The tree with renamed paths and without the ignored leaves."""
     patterns = (ignore,) if isinstance(ignore, str) else ignore
     if not isinstance(patterns, Sequence) or any(not isinstance(pattern, str) for pattern in patterns):
         raise TypeError(f"`ignore` is {ignore!r}: expected patterns of paths, each a str such as '*/ema'.")
@@ -21,7 +21,7 @@ def prepared(tree: Any, library: str, rename: Rename | None, ignore: str | Seque
     if library not in MAPPINGS or not isinstance(tree, Mapping):
         raise ValueError(
             f"`rename` and `ignore` are for mappings of {', '.join(MAPPINGS)}, but `library` is {library!r} and "
-            f"`tree` a {type(tree).__name__}: change its paths before."
+            f"`tree` is a {type(tree).__name__}: change its paths first."
         )
     separator = separator_of(library)
     if isinstance(rename, Mapping):
@@ -36,19 +36,19 @@ def prepared(tree: Any, library: str, rename: Rename | None, ignore: str | Seque
         parts = (new,) if library in FLAT else new.split(separator)
         place = keys if new == old else tuple(key_of(part, library) for part in parts)
         if place in taken:
-            raise ValueError(f"`rename` gives {new} to {taken[place]} and to {old}: expected a path for each.")
+            raise ValueError(f"`rename` maps both {taken[place]} and {old} to {new}: expected a path for each.")
         taken[place] = old
         _put(result, place, leaf, old)
     return result
 
 
 def squeezed(entries: Mapping[str, Any], counter: str | None) -> dict[str, Any]:
-    """Arrays without their axes of size 1, as (1, 1, 1, C) and (C, 1, 1); one of a single feature keeps one axis."""
+    """Arrays without axes of size 1, as in (1, 1, 1, C) and (C, 1, 1); an array of a single feature keeps one axis."""
     return {name: _squeezed(value, () if name == counter else (1,)) for name, value in entries.items()}
 
 
 def _squeezed(value: Any, of_one: tuple[int, ...]) -> Any:
-    """The array; of_one is the shape of a single value."""
+    """The array without axes of size 1; `of_one` is the resulting shape of a single value."""
     if 1 not in getattr(value, "shape", ()):
         return value
     value = value[...] if hasattr(value, "get_value") else value
@@ -64,7 +64,7 @@ def _leaves(tree: Mapping[Any, Any], above: tuple[Any, ...] = ()) -> Iterator[tu
 
 
 def _renamed(path: str, rename: Rename | None, separator: str) -> str:
-    """The path, by a function of the whole, or by a mapping of its parts."""
+    """The new path, by a function of the path or by a mapping of its parts."""
     if rename is None:
         return path
     if isinstance(rename, Mapping):
@@ -72,8 +72,8 @@ def _renamed(path: str, rename: Rename | None, separator: str) -> str:
         return separator.join(part for part in parts if part)
     if not callable(rename):
         raise TypeError(
-            f"`rename` is {rename!r}: expected a function from a path to another, or a mapping from a part of a path "
-            "to another, such as {'gamma': 'scale'}."
+            f"`rename` is {rename!r}: expected a function from path to path, or a mapping from parts of paths to "
+            "other parts, such as {'gamma': 'scale'}."
         )
     new = rename(path)
     if not isinstance(new, str):
@@ -82,20 +82,20 @@ def _renamed(path: str, rename: Rename | None, separator: str) -> str:
 
 
 def _check_parts(rename: Mapping[str, str], tree: Mapping[Any, Any], separator: str) -> None:
-    """Each key of a mapping is a whole part of some path, and its value another."""
+    """Check that each key of a mapping is a complete part of some path, and each value a str."""
     if any(not isinstance(value, str) for value in rename.values()):
-        raise TypeError(f"`rename` is {dict(rename)!r}: expected a str for each part, an empty one to drop it.")
+        raise TypeError(f"`rename` is {dict(rename)!r}: expected a str for each part, or '' to drop it.")
     parts = {part for keys, _ in _leaves(tree) for part in separator.join(map(str, keys)).split(separator)}
     if unknown := [key for key in rename if key not in parts]:
         raise ValueError(
             f"`rename` has {', '.join(map(repr, unknown))}, which no path has between its separators {separator!r}: "
-            f"expected whole parts such as {', '.join(map(repr, sorted(parts)[:5]))}; a function of the path can "
-            "change more, as lambda path: path.removeprefix('module.')."
+            f"expected complete parts such as {', '.join(map(repr, sorted(parts)[:5]))}. For other changes give a "
+            "function, such as lambda path: path.removeprefix('module.')."
         )
 
 
 def _put(tree: dict[Any, Any], place: tuple[Any, ...], leaf: Any, old: str) -> None:
-    """Put a leaf where its keys lead."""
+    """Insert a leaf at its place in nested dicts."""
     *above, last = place
     for key in above:
         tree = tree.setdefault(key, {})

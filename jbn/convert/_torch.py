@@ -1,4 +1,4 @@
-"""PyTorch's batch norm: one norm in and out."""
+"""Conversion of one norm from and to PyTorch."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,20 +13,20 @@ TORCH = Names("PyTorch", "weight", "bias", "running_mean", "running_var", "num_b
 
 
 def from_torch(entries: Mapping[str, Any], *, count: int | None = None) -> tuple[Params, State]:
-    """jbn's norm from a PyTorch one.
+    """Convert a PyTorch norm to Params and State.
 
     scale = weight,  bias = bias,  mean = running_mean,  var = running_var,  count = num_batches_tracked
 
     Args:
-        entries: a norm's `state_dict()`: tensors or arrays of shape (C,); `weight` and `bias` only if it is affine.
-        count: the updates of every feature so far, instead of `num_batches_tracked`, which is 0 where it is missing.
+        entries: `state_dict()` of a norm: tensors or arrays of shape (C,); `weight` and `bias` only if it is affine.
+        count: number of updates of every feature. It replaces `num_batches_tracked`; without both, the count is 0.
 
     Returns:
-        Params and State, copies. PyTorch's defaults are those of `jbn.batch_norm(..., feature_axis=1,
-        momentum=jbn.momentum.from_torch(0.1), running_var="unbiased")`.
+        Params and State, as copies. `jbn.batch_norm(..., feature_axis=1, momentum=jbn.momentum.from_torch(0.1),
+        running_var="unbiased")` has the defaults of PyTorch.
 
     Raises:
-        TypeError: entries is no mapping, or count is no int.
+        TypeError: entries is not a mapping, or count is not an int.
         ValueError: entries are missing, extra or misshaped; the error lists them.
 
     Example:
@@ -44,19 +44,19 @@ def from_torch(entries: Mapping[str, Any], *, count: int | None = None) -> tuple
 
 
 def to_torch(params: Params, state: State) -> dict[str, np.ndarray]:
-    """A PyTorch norm's `state_dict` from jbn's norm; the inverse of `from_torch`.
+    """Convert Params and State to the `state_dict` of a PyTorch norm; the inverse of `from_torch`.
 
     weight = scale,  bias = bias,  running_mean = mean,  running_var = var,  num_batches_tracked = max(count)
 
     Args:
-        params: scale and bias; where only one is None it is written as ones or zeros, since PyTorch has both or none.
-        state: running mean, variance and count; PyTorch has one count for all features, the largest, rounded up.
+        params: scale and bias. If only one is None, it is written as ones or zeros, since PyTorch has both or neither.
+        state: running mean, variance and count. PyTorch has one count for all features: the largest, rounded up.
 
     Returns:
-        Writable NumPy arrays, bfloat16 as float32, by PyTorch's names; `torch.tensor` makes tensors of them.
+        Writable NumPy arrays, bfloat16 as float32, under PyTorch's names; `torch.tensor` converts them to tensors.
 
     Raises:
-        TypeError: params or state is not jbn's.
+        TypeError: params is not a Params, or state is not a State.
 
     Example:
         >>> import jbn

@@ -1,4 +1,4 @@
-"""Every norm of a model at once: taken out of a tree by library, and put back."""
+"""Conversion of every norm of a model: split from the tree of a library, and joined again."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -16,9 +16,9 @@ from jbn.convert._places import FINDERS, TREES, copied, find, insert, leaves_of
 from jbn.convert._prepare import Rename, prepared, squeezed
 
 ENOUGH = 16
-"""Fewer scales than this may be of at most 0 by chance."""
+"""Fewer scales than this may be at most 0 by chance."""
 NOT_POSITIVE = 0.25
-"""The share of scales of at most 0 from which those of a norm lie around 0."""
+"""The share of scales of at most 0 from which the scales of a norm are said to lie around 0."""
 
 
 def split(
@@ -31,35 +31,37 @@ def split(
     squeeze: bool = False,
     scale_offset: float = 0.0,
 ) -> tuple[dict[str, tuple[Params, State]], Any]:
-    """Every batch norm of a model, converted, and the rest of the tree as it was.
+    """Split a model into its batch norms, as Params and State, and the rest of the tree.
 
     norms, rest = split(tree, library)
 
     Args:
-        tree: "torch": `model.state_dict()`. "keras": `{v.path: v for v in model.variables}`, where layers of one name
-            would share a path: name them. "linen": variables, without boxes. "nnx": `nnx.state(model)` or a nested
-            mapping of its arrays. "haiku": `(params, state)`. "equinox": `(model, state)`.
+        tree: "torch": `model.state_dict()`. "keras": `{v.path: v for v in model.variables}`; give each layer a name of
+            its own, since layers with the same name share a path. "linen": variables, without boxes. "nnx":
+            `nnx.state(model)` or a nested mapping of its arrays. "haiku": `(params, state)`. "equinox":
+            `(model, state)`.
         library: "torch", "keras", "linen", "nnx", "haiku" or "equinox".
-        count: the updates that the averages of every feature stand for, instead of those that the tree holds, which
-            are 0 where it does not count. A momentum schedule goes on from there.
-        rename: for mappings in which a project has names of its own, in the rest too: a function from the path of a
-            leaf to another, as `lambda path: path.removeprefix("module.")`, or a mapping from a part of a path, between
-            separators, to another, as `{"gamma": "scale"}`; an empty one drops the part.
-        ignore: patterns of the paths of leaves to leave out, such as `"*/bn/steps"`; `*` stands for any characters.
-        squeeze: drop axes of size 1 of the norms' arrays, as in shapes (1, 1, 1, C) and (C, 1, 1).
-        scale_offset: added to every scale, in float32 at least; 1.0 for projects that store gamma - 1. If it is 0 and
-            the scales of all norms lie around 0, a UserWarning says that they may be stored so.
+        count: number of updates of every feature. It replaces the counts in the tree; without both, the count is 0. A
+            momentum schedule continues from it.
+        rename: changes paths that differ from the library's, in mappings and also in the rest. Either a function from
+            the path of a leaf to its new path, as `lambda path: path.removeprefix("module.")`, or a mapping from parts
+            of a path between separators to new parts, as `{"gamma": "scale"}`; "" drops the part.
+        ignore: patterns for the paths of leaves to leave out, such as `"*/bn/steps"`; `*` matches any characters.
+        squeeze: drop axes of size 1 from the arrays of norms, as in shapes (1, 1, 1, C) and (C, 1, 1).
+        scale_offset: number added to every scale, in float32 at least; 1.0 for projects that store gamma - 1. If it is
+            0 and the scales of all norms lie around 0, a UserWarning says that they may be stored as gamma - 1.
 
     Returns:
-        Params and State by the path of the norm, with the library's own separator: `norms["layer1.0.bn1"]`,
-        `norms["Block_0/BatchNorm_0"]`. The tree without their arrays, in dicts, which may have become empty, and with
-        the counts of Flax, which say where `join` shall put them; for Equinox, the model with None in their places.
-        Arrays of JAX are handed over as they are, others are copied; half-precision statistics come as float32.
+        Params and State by the path of the norm, with the separator of the library, as in `norms["layer1.0.bn1"]` and
+        `norms["Block_0/BatchNorm_0"]`, and the rest: the tree without the arrays of norms. The rest consists of dicts,
+        some of which may be empty, and keeps the counts of Flax, which tell `join` where to store counts. For Equinox
+        it is the model with None in place of each norm. JAX arrays are returned unchanged and others are copied.
+        Statistics in half precision become float32.
 
     Raises:
-        TypeError: tree is not of the kind that the library needs, count is no int, or an option of another kind.
-        ValueError: unknown library, no batch norm in the tree, or entries that are missing, extra or misshaped; the
-            error lists them all. What looks like a batch norm and is none is to be ignored.
+        TypeError: tree is not of the kind that the library needs, count is not an int, or an option has a wrong type.
+        ValueError: the library is unknown, the tree has no batch norm, or entries are missing, extra or misshaped. The
+            error lists all of them. Use `ignore` for entries that only look like a batch norm.
 
     Example:
         >>> import numpy as np
@@ -78,7 +80,7 @@ def split(
     names, nodes, rest = find(prepared(tree, library, rename, ignore), library)
     if not nodes:
         raise ValueError(
-            f"`tree` holds no batch norm of {names.library}: expected `{names.mean}` and `{names.var}` somewhere in "
+            f"`tree` has no batch norm of {names.library}: expected `{names.mean}` and `{names.var}` in "
             f"{TREES[library]}."
         )
     check_flag("squeeze", squeeze, "drop axes of size 1", "keep them")
@@ -92,26 +94,27 @@ def split(
 
 
 def join(norms: Mapping[str, tuple[Params, State]], rest: Any, library: str, *, with_count: bool = False) -> Any:
-    """The tree of a model from its norms and the rest; the inverse of `split`.
+    """Put converted norms back into the tree of a model; the inverse of `split`.
 
-    join(*split(tree, library), library) = tree, but for half-precision statistics and NumPy's lack of bfloat16, which
-    come back as float32, for PyTorch's `num_batches_tracked`, which is written where there was none too, and for what
-    the options of `split` changed
+    tree = join(*split(tree, library), library)
+
+    There are three exceptions. Statistics in half precision, and bfloat16 arrays that pass through NumPy, come back as
+    float32. PyTorch's `num_batches_tracked` is always written. Changes by the options of `split` are not undone.
 
     Args:
-        norms: Params and State by the path of the norm, as `split` gives them.
-        rest: the tree without them; it is not changed.
+        norms: Params and State by the path of the norm, as `split` returns them.
+        rest: the tree without the norms; it is not changed.
         library: "torch", "keras", "linen" or "nnx".
-        with_count: "linen" and "nnx": store the count, which jbn's modules with a momentum schedule read, also where
+        with_count: for "linen" and "nnx": store the count, which jbn's modules with a momentum schedule read, even if
             the tree had none.
 
     Returns:
-        The tree, of dicts; the arrays of the norms in NumPy for PyTorch, whose `load_state_dict` takes
-        `{name: torch.as_tensor(array) for name, array in tree.items()}`, and for Keras.
+        The tree, as dicts. The arrays of norms are NumPy arrays for Keras and for PyTorch, where `load_state_dict`
+        accepts `{name: torch.as_tensor(array) for name, array in tree.items()}`.
 
     Raises:
-        TypeError: something that is no Params or State.
-        ValueError: unknown library, or a norm whose place in `rest` is taken.
+        TypeError: norms or rest is not a mapping, or a norm is not a pair of Params and State.
+        ValueError: the library is unknown, or the place of a norm in `rest` is occupied.
 
     Example:
         >>> import jbn
@@ -125,12 +128,12 @@ def join(norms: Mapping[str, tuple[Params, State]], rest: Any, library: str, *, 
     _check_library(library, ("torch", "keras", "linen", "nnx"))
     if with_count and library not in ("linen", "nnx"):
         raise ValueError(f"`with_count` is for linen and nnx, but `library` is {library!r}: leave it out.")
-    check_mapping("norms", norms, "the norms that split gave, by their paths")
+    check_mapping("norms", norms, "the norms that split returns, by their paths")
     check_mapping("rest", rest, "the tree without its norms")
     tree = copied(rest)
     for where, norm in norms.items():
         if not isinstance(where, str):
-            raise TypeError(f"`norms` has the key {where!r}: expected paths such as split gives, each a str.")
+            raise TypeError(f"`norms` has the key {where!r}: expected paths as split returns them, each a str.")
         if [type(part) for part in (norm if isinstance(norm, tuple) else ())] != [Params, State]:
             raise TypeError(f"`norms` has {norm!r} at {where}: expected (Params, State).")
         for path, leaf in leaves_of(where, *norm, library).items():
@@ -145,18 +148,18 @@ def _checked_offset(offset: Any) -> float:
 
 
 def _moved(params: Params, offset: float) -> Params:
-    """The parameters with a number added to the scale, in float32 at least: half precision is finer near 0."""
+    """The parameters with the offset added to the scale, in float32 at least, since half precision is finer near 0."""
     scale = params.scale
     return params if scale is None else params._replace(scale=scale.astype(arithmetic_dtype(scale.dtype)) + offset)
 
 
 def _warn_of_scales(scales: list[jax.Array]) -> None:
-    """Scales are mostly positive, but for norms that start from 0, as at the end of residual branches."""
+    """Warn if the scales look like gamma - 1; usually scales are positive, except in norms that start from 0."""
     if any(isinstance(scale, Tracer) for scale in scales) or sum(scale.size for scale in scales) < ENOUGH:
         return
     if all(scale.size and np.mean(np.asarray(scale) <= 0) >= NOT_POSITIVE for scale in scales):
         warnings.warn(
-            f"the scales of all {len(scales)} norms lie around 0, as if they were gamma - 1: if so, give "
+            f"The scales of all {len(scales)} norms lie around 0 and may be stored as gamma - 1. If so, pass "
             "scale_offset=1.0.",
             stacklevel=3,
         )

@@ -1,4 +1,4 @@
-"""What the moving average does, in numbers: its laws, and the health of a tree of statistics."""
+"""Diagnostics: the laws of the moving average, and checks of a tree of statistics."""
 
 from jbn.diagnostics._compare import compare
 from jbn.diagnostics._health import health, is_faulty

@@ -1,4 +1,4 @@
-"""How far running statistics are from the population's, in what the difference does to inference."""
+"""Comparison of running and population statistics, by the effect of their difference on inference."""
 
 from typing import Any
 
@@ -15,27 +15,29 @@ COLUMNS = ("norm", "channel", "error", "shift", "ratio", "mean", "population mea
 
 
 def compare(state: Any, population: Any, *, epsilon: float = 1e-5) -> Table:
-    """Per channel, what running statistics in place of the population's do to the normalized output.
+    """Compare running with population statistics, by their effect on the normalized output of each channel.
 
-    output = ratio * right output + shift,  ratio = sqrt((population var + epsilon) / (var + epsilon)),
-    shift = (population mean - mean) / sqrt(var + epsilon),  error = sqrt(shift**2 + (ratio - 1)**2)
+    output = ratio * population_output + shift
+    ratio = sqrt((population_var + epsilon) / (var + epsilon))
+    shift = (population_mean - mean) / sqrt(var + epsilon)
+    error = sqrt(shift**2 + (ratio - 1)**2)
 
-    The right output has mean 0 and standard deviation 1, so that all three are in units of that, and the error is the
-    root mean square one.
+    The output with population statistics has mean 0 and standard deviation 1. Error, shift and ratio are in units of
+    that standard deviation, and the error is the root mean square error.
 
     Args:
-        state: a tree of running statistics, of any kind that `jbn.calibrate` takes.
-        population: a tree with the same nodes, as `jbn.calibrate` gives.
-        epsilon: that of the norms.
+        state: a tree of running statistics, of any kind that `jbn.calibrate` accepts.
+        population: a tree with the same nodes, as `jbn.calibrate` returns it.
+        epsilon: epsilon of the norms.
 
     Returns:
-        Table with a row a channel, the worst first: the path of the norm, the channel (its indices where there are
-        several axes), error, shift, ratio, and the four statistics. Statistics that are unset or not finite have the
-        error inf.
+        Table with one row for each channel, worst first: the path of the norm, the channel (its indices if there are
+        several axes), error, shift, ratio, and the four statistics. The error is inf if statistics are unset or not
+        finite.
 
     Raises:
-        TypeError: epsilon is no number, or a tree is traced.
-        ValueError: a tree holds no statistics, or they have other nodes or shapes.
+        TypeError: epsilon is not a number, or a tree is traced.
+        ValueError: a tree holds no statistics, or nodes or shapes differ.
 
     Example:
         >>> import jax.numpy as jnp
@@ -48,7 +50,7 @@ def compare(state: Any, population: Any, *, epsilon: float = 1e-5) -> Table:
         1 error 0.000 shift 0.000 ratio 1.000
 
     Source:
-        ratio and shift are r and d of Ioffe, Batch Renormalization, 2017, with the population for the batch.
+        ratio and shift are r and d of Ioffe, Batch Renormalization, 2017, with the population in place of the batch.
     """
     added = checked_epsilon(epsilon)
     rows = [row for path, pair in pairs(state, population).items() for row in _rows(path, *pair, added)]
@@ -57,7 +59,7 @@ def compare(state: Any, population: Any, *, epsilon: float = 1e-5) -> Table:
 
 
 def found(tree: Any, name: str) -> Forest:
-    """The nodes of a tree, which are looked at on the host."""
+    """The nodes of a tree, which must not be traced."""
     forest = nodes.find(tree, name)
     if any(isinstance(leaf, Tracer) for leaf in forest.leaves):
         raise TypeError(f"{name} is traced, but diagnostics are numbers on the host: call them outside of jit.")
@@ -74,7 +76,7 @@ def pairs(state: Any, population: Any, name: str = "state") -> dict[Path, Pair]:
     if alone:
         listed = ", ".join(map(repr, sorted(alone)))
         raise ValueError(
-            f"`{name}` and `population` hold other norms, expected the same: only one of them has {listed}."
+            f"`{name}` and `population` hold different norms: expected the same, but only one of them has {listed}."
         )
     by_name = {shown(path): path for path in right.nodes}
     beside: dict[Path, Pair] = {}

@@ -1,4 +1,4 @@
-"""The health of every norm in a tree of statistics."""
+"""A check of every norm in a tree of statistics."""
 
 import math
 import re
@@ -17,9 +17,9 @@ from jbn.diagnostics._table import Table
 COLUMNS = ("norm", "channels", "updates", "dead", "unset", "not finite", "far", "stale", "missing")
 FAULTS = ("dead", "unset", "not finite", "far", "stale", "missing")
 LARGEST = 2**31 - 1
-"""The updates of a norm without channels."""
+"""The number of updates of a norm without channels."""
 FORGOTTEN = 0.01
-"""A start of less weight than this no longer matters."""
+"""Initial values with at most this weight do not make a norm stale."""
 BATCH_NORM = re.compile(r"batch_?norm|batch_?renorm|(^|_)bn", re.IGNORECASE)
 
 
@@ -31,27 +31,28 @@ def health(
     epsilon: float = 1e-5,
     far: float = 0.5,
 ) -> Table:
-    """Every norm in a tree, with how many of its channels something is wrong with.
+    """Report the faults of every norm in a tree, with the number of channels that have each fault.
 
-    dead: 0 <= var <= epsilon, unset: var = -inf, not finite: anything else that is no mean and variance,
-    far: error > far (see `compare`)
+    A channel is dead if 0 <= var <= epsilon, unset if var is -inf, not finite if mean or var is any other value that is
+    not valid, and far if its error (see `compare`) is larger than `far`.
 
     Args:
-        tree: any tree with statistics: states, a Linen or NNX model's, or what a checkpoint holds.
-        population: a tree with the same nodes, as `jbn.calibrate` gives, or None.
-        momentum: that of the norms, a number without warmup, where a norm with a count shall be stale as long as more
-            than 1% of it is still the start.
-        epsilon: that of the norms; a variance of no more than that is dead.
-        far: the error, in standard deviations of the output, from which a channel is far from the population.
+        tree: any tree with statistics: states, those of a Linen or NNX model, or the contents of a checkpoint.
+        population: a tree with the same nodes, as `jbn.calibrate` returns it, or None.
+        momentum: momentum of the norms, a number without warmup. If given, a norm with a count is stale while its
+            initial values weigh more than 1%.
+        epsilon: epsilon of the norms; a variance of at most epsilon is dead.
+        far: largest error, in standard deviations of the output, that is not far from the population.
 
     Returns:
-        Table with a row a norm: its path, channels, the fewest updates of a channel (None without a count), the four
-        numbers of channels (far is None without a population), why it is stale, if so (never updated, updated less
-        often than others, or still the start), and the variables that are missing, if any.
+        Table with one row for each norm: its path, the number of channels, the fewest updates of a channel (None
+        without a count), the four numbers of channels with a fault (far is None without a population), the reason if
+        it is stale (never updated, fewer updates than other norms, or the weight of the initial values), and the
+        missing variables, if any.
 
     Raises:
-        TypeError: an option is no number, or a tree is traced.
-        ValueError: tree or population holds no statistics, or they have other nodes or shapes.
+        TypeError: an option is not a number, or a tree is traced.
+        ValueError: a tree holds no statistics, or nodes or shapes differ.
 
     Example:
         >>> import jax.numpy as jnp
@@ -86,15 +87,15 @@ def health(
 
 
 def is_faulty(row: tuple[Any, ...]) -> bool:
-    """Whether something is wrong with a norm.
+    """Whether a norm has a fault.
 
-    any of dead, unset, not finite, far, stale, missing
+    The faults are dead, unset, not finite, far, stale and missing.
 
     Args:
-        row: a row of what `health` gives.
+        row: a row of the table that `health` returns.
 
     Returns:
-        True where one of these columns is not 0 or None.
+        True if one of these columns is neither 0 nor None.
 
     Raises:
         Nothing.
@@ -112,14 +113,14 @@ def is_faulty(row: tuple[Any, ...]) -> bool:
 
 
 def _updates(fields: dict[str, Any]) -> int | None:
-    """The fewest updates of a channel, none if its count is not finite; averages of counts are rounded up."""
+    """The fewest updates of a channel, 0 if a count is not finite; averages of counts are rounded up."""
     if "count" not in fields:
         return None
     return math.ceil(np.min(np.nan_to_num(fields["count"], posinf=0.0, neginf=0.0), initial=LARGEST))
 
 
 def _channels(fields: dict[str, np.ndarray], epsilon: float) -> tuple[int, int, int]:
-    """How many channels are dead, unset, and not finite."""
+    """The numbers of channels that are dead, unset and not finite."""
     mean, var = (wide(fields[field]) for field in ("mean", "var"))
     if mean.shape != var.shape:
         return 0, 0, max(mean.size, var.size)
@@ -130,7 +131,7 @@ def _channels(fields: dict[str, np.ndarray], epsilon: float) -> tuple[int, int, 
 
 
 def _stale(fields: dict[str, np.ndarray], updates: int | None, most: int, momentum: float | None) -> str | None:
-    """Why the averages are not those of the training, if they are not."""
+    """The reason why the running statistics do not reflect the training, or None if they do."""
     if fields["mean"].size and np.all(fields["mean"] == 0) and np.all(fields["var"] == 1):
         return "never updated"
     if updates is None:
@@ -138,5 +139,5 @@ def _stale(fields: dict[str, np.ndarray], updates: int | None, most: int, moment
     if updates < most:
         return f"{updates} of {most} updates"
     if momentum is not None and momentum**updates > FORGOTTEN:
-        return f"{momentum**updates:.0%} is still the start"
+        return f"initial values weigh {momentum**updates:.0%}"
     return None

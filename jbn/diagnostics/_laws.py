@@ -1,4 +1,4 @@
-"""The laws of the moving average: what it is made of, and how far its mean is from the population's."""
+"""The laws of the moving average: its weights, and the expected error of a running mean."""
 
 import math
 import operator
@@ -17,11 +17,13 @@ SMALLEST_RATE = 1e-12
 
 
 class AverageWeights(NamedTuple):
-    """What a moving average is made of: start * (0 or 1) + sum(batches * statistics of each batch).
+    """Weights of the initial value and of each batch in a moving average.
+
+    average = start * initial_value + sum(batches * statistics)
 
     Attributes:
-        start: the weight of the initial value.
-        batches: float64 array, the weight of each batch, in the order of the updates; with the start they sum to 1.
+        start: weight of the initial value.
+        batches: float64 array with the weight of each batch, in the order of the updates; with `start` they sum to 1.
 
     Example:
         >>> import jbn
@@ -35,19 +37,21 @@ class AverageWeights(NamedTuple):
 
 
 def average_weights(momentum: float | Schedule, steps: int) -> AverageWeights:
-    """The weights that so many updates give to the start and to each batch.
+    """Weights of the initial value and of each batch after a number of updates.
 
-    start = prod(m_t),  batches[t] = (1 - m_t) * m_(t+1) * ... * m_(steps-1), where m_t is the momentum of update t.
+    start = prod(m_t),  batches_t = (1 - m_t) * prod(m_s)
+
+    m_t is the momentum of update t. The first product runs over all updates, the second over the updates s after t.
 
     Args:
         momentum: share of the old value kept at an update, or a schedule from the count of updates to it.
-        steps: the updates made, an int of at least 0.
+        steps: number of updates, an int of at least 0.
 
     Returns:
         AverageWeights, in float64.
 
     Raises:
-        TypeError: momentum is neither a number nor a function, or steps is no int.
+        TypeError: momentum is neither a number nor a function, or steps is not an int.
         ValueError: momentum is outside [0, 1], or steps is negative.
 
     Example:
@@ -65,19 +69,21 @@ def average_weights(momentum: float | Schedule, steps: int) -> AverageWeights:
 
 
 def initial_weight(momentum: float | Schedule, steps: int) -> float:
-    """How much of the initial mean 0 and variance 1 is left in the running statistics.
+    """Weight of the initial mean 0 and variance 1 in the running statistics.
 
-    prod(m_t), which is momentum ** steps for a number.
+    weight = prod(m_t)
+
+    m_t is the momentum of update t. For a number the weight is momentum ** steps.
 
     Args:
         momentum: share of the old value kept at an update, or a schedule from the count of updates to it.
-        steps: the updates made, an int of at least 0.
+        steps: number of updates, an int of at least 0.
 
     Returns:
         The weight, in [0, 1].
 
     Raises:
-        TypeError: momentum is neither a number nor a function, or steps is no int.
+        TypeError: momentum is neither a number nor a function, or steps is not an int.
         ValueError: momentum is outside [0, 1], or steps is negative.
 
     Example:
@@ -94,19 +100,19 @@ def initial_weight(momentum: float | Schedule, steps: int) -> float:
 
 
 def half_life(momentum: float) -> float:
-    """The updates after which half of what was there is left.
+    """Number of updates after which an old value keeps half of its weight.
 
-    log(1/2) / log(momentum)
+    half_life = log(1/2) / log(momentum)
 
     Args:
         momentum: share of the old value kept at an update, in [0, 1].
 
     Returns:
-        Updates, not rounded; inf for a momentum of 1.
+        Number of updates, not rounded; inf for momentum 1.
 
     Raises:
-        TypeError: momentum is no number.
-        ValueError: it is outside [0, 1].
+        TypeError: momentum is not a number.
+        ValueError: momentum is outside [0, 1].
 
     Example:
         >>> import jbn
@@ -123,20 +129,25 @@ def half_life(momentum: float) -> float:
 
 
 def effective_batches(momentum: float | Schedule, steps: int | None = None) -> float:
-    """How many batches, weighing the same, would give an average as noisy as this one.
+    """Number of batches whose plain average would be as noisy as the moving average.
 
-    sum(w)**2 / sum(w**2), w the weights of the batches; for a number (1 + m)/(1 - m) * (1 - m**steps)/(1 + m**steps),
-    which tends to (1 + m)/(1 - m).
+    effective_batches = sum(w)**2 / sum(w**2)
+
+    w are the weights of the batches. For a number m as momentum this is
+
+    effective_batches = (1 + m)/(1 - m) * (1 - m**steps)/(1 + m**steps)
+
+    and tends to (1 + m)/(1 - m).
 
     Args:
         momentum: share of the old value kept at an update, or a schedule from the count of updates to it.
-        steps: the updates made, an int of at least 0; None is after very many, for a number.
+        steps: number of updates, an int of at least 0; None gives the limit of many updates, for a number only.
 
     Returns:
-        Batches, not rounded; 0 where no batch has a weight. What is left of the start is not counted.
+        Number of batches, not rounded; 0 if no batch has a weight. The initial value is not counted.
 
     Raises:
-        TypeError: momentum is neither a number nor a function, steps is no int, or None with a schedule.
+        TypeError: momentum is neither a number nor a function, or steps is not an int, or is None with a schedule.
         ValueError: momentum is outside [0, 1], or steps is negative.
 
     Example:
@@ -149,7 +160,7 @@ def effective_batches(momentum: float | Schedule, steps: int | None = None) -> f
     """
     if steps is None:
         if callable(momentum):
-            raise TypeError("`steps` is None, but `momentum` is a schedule: give the updates to count to, an int.")
+            raise TypeError("`steps` is None, but `momentum` is a schedule: give the number of updates, an int.")
         kept = checked_momentum("momentum", momentum)
         return (1 + kept) / (1 - kept) if kept < 1 else 0.0
     squares = power_sum(momentum, steps, 2)
@@ -157,26 +168,29 @@ def effective_batches(momentum: float | Schedule, steps: int | None = None) -> f
 
 
 def expected_error(momentum: float | Schedule, steps: int, batch_size: int, distance: float = 1.0) -> float:
-    """The expected squared error of a running mean, in units of the population's variance.
+    """Expected squared error of a running mean, in units of the population variance.
 
-    start**2 * distance**2 + sum(w**2) / batch_size, which for a number is
-    m**(2*steps) * distance**2 + (1 - m)/(1 + m) * (1 - m**(2*steps)) / batch_size
+    error = start**2 * distance**2 + sum(w**2) / batch_size
 
-    The first term is bias, the second noise: momentum pulls between them. It holds for independent values of one
-    population, so that it leaves out what a network's learning does to older batches.
+    start and w are the weights of the initial value and of the batches. For a number m as momentum this is
+
+    error = m**(2*steps) * distance**2 + (1 - m)/(1 + m) * (1 - m**(2*steps)) / batch_size
+
+    The first term is squared bias, the second is noise. A larger momentum raises the bias and lowers the noise. The
+    values are assumed independent and from one population; drift of the activations during training is not included.
 
     Args:
         momentum: share of the old value kept at an update, or a schedule from the count of updates to it.
-        steps: the updates made, an int of at least 0.
-        batch_size: independent values behind a batch's mean, an int of at least 1.
-        distance: of the start from the population's mean, in standard deviations.
+        steps: number of updates, an int of at least 0.
+        batch_size: number of independent values in the mean of a batch, an int of at least 1.
+        distance: distance of the initial mean from the population mean, in standard deviations.
 
     Returns:
-        The mean of (running mean - mean)**2 / variance.
+        The expectation of (running mean - population mean)**2 / population variance.
 
     Raises:
-        TypeError: momentum is neither a number nor a function, or steps or batch_size is no int.
-        ValueError: one of them is out of range.
+        TypeError: momentum is neither a number nor a function, or steps or batch_size is not an int.
+        ValueError: an argument is out of range.
 
     Example:
         >>> import jbn
@@ -185,28 +199,28 @@ def expected_error(momentum: float | Schedule, steps: int, batch_size: int, dist
 
     Source:
         Lucas and Saccucci, Exponentially Weighted Moving Average Control Schemes, 1990, for the variance of the
-        average; the bias is the weight of the start.
+        average; the bias is `initial_weight` times the distance.
     """
     size, start = checked_count("batch_size", batch_size, 1), checked_size("distance", distance)
     return initial_weight(momentum, steps) ** 2 * start**2 + power_sum(momentum, steps, 2) / size
 
 
 def best_momentum(steps: int, batch_size: int, distance: float = 1.0) -> float:
-    """The momentum, a number, whose running mean is expected to be nearest to the population's.
+    """The constant momentum that minimizes the expected error of the running mean.
 
-    argmin over m of expected_error(m, steps, batch_size, distance)
+    best_momentum = argmin(expected_error(m, steps, batch_size, distance))
 
     Args:
-        steps: the updates made, an int of at least 1.
-        batch_size: independent values behind a batch's mean, an int of at least 1.
-        distance: of the start from the population's mean, in standard deviations.
+        steps: number of updates, an int of at least 1.
+        batch_size: number of independent values in the mean of a batch, an int of at least 1.
+        distance: distance of the initial mean from the population mean, in standard deviations.
 
     Returns:
-        A momentum in [0, 1]; 1 where the start is already right.
+        A momentum in [0, 1]; 1 if the distance is 0.
 
     Raises:
-        TypeError: steps or batch_size is no int.
-        ValueError: one of them is out of range.
+        TypeError: steps or batch_size is not an int.
+        ValueError: an argument is out of range.
 
     Example:
         >>> import jbn
@@ -214,7 +228,7 @@ def best_momentum(steps: int, batch_size: int, distance: float = 1.0) -> float:
         0.9941
 
     Source:
-        `expected_error`, minimized over a grid of 1 - m, and around its best point by Brent's method.
+        `expected_error`, minimized on a grid of 1 - m and then near the best grid point by Brent's method.
     """
     from scipy.optimize import minimize_scalar
 
@@ -233,7 +247,7 @@ def best_momentum(steps: int, batch_size: int, distance: float = 1.0) -> float:
 
 
 def momenta(momentum: Any, steps: int) -> np.ndarray:
-    """The momentum of each update, in float64; those of a schedule as training rounds them."""
+    """The momentum of each update, in float64; values of a schedule are rounded as in training."""
     steps = checked_count("steps", steps)
     if not callable(momentum):
         return np.full(steps, checked_momentum("momentum", momentum))
@@ -242,7 +256,10 @@ def momenta(momentum: Any, steps: int) -> np.ndarray:
 
 
 def power_sum(momentum: Any, steps: int, power: int) -> float:
-    """sum(w ** power) over the weights of the batches: (1 - m)**power * (1 - m**(power*steps)) / (1 - m**power)."""
+    """Sum of w ** power over the weights w of the batches.
+
+    sum(w**power) = (1 - m)**power * (1 - m**(power*steps)) / (1 - m**power)
+    """
     if callable(momentum):
         return float(np.sum(average_weights(momentum, steps).batches ** power))
     kept, steps = checked_momentum("momentum", momentum), checked_count("steps", steps)
@@ -255,13 +272,13 @@ def power_sum(momentum: Any, steps: int, power: int) -> float:
 
 
 def written(momentum: float) -> str:
-    """A momentum with as many digits as tell it from 1."""
+    """A momentum as text, with enough digits to tell it from 1."""
     digits = 4 if momentum == 1 else 2 - math.floor(math.log10(1 - momentum))
     return f"{momentum:.{digits}f}".rstrip("0").rstrip(".")
 
 
 def checked_count(name: str, value: Any, least: int = 0) -> int:
-    """An int of at least so many."""
+    """The value as an int, at least `least`."""
     try:
         count = operator.index(value)
     except TypeError:
@@ -272,7 +289,7 @@ def checked_count(name: str, value: Any, least: int = 0) -> int:
 
 
 def checked_size(name: str, value: Any) -> float:
-    """A finite number of at least 0."""
+    """The value as a finite number of at least 0."""
     try:
         size = float(value)
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""Tables that print well in a terminal, and are plain data."""
+"""Tables of plain data that print as aligned text."""
 
 import numbers
 from typing import Any, NamedTuple
@@ -7,11 +7,13 @@ SHOWN = 20
 
 
 class Table(NamedTuple):
-    """Columns and rows, in plain Python values: `pandas.DataFrame(table.rows, columns=table.columns)` takes them.
+    """Columns and rows of plain Python values.
+
+    `pandas.DataFrame(table.rows, columns=table.columns)` converts them.
 
     Attributes:
-        columns: the names of the columns.
-        rows: a tuple a row, in the order of the columns; None where there is nothing to say.
+        columns: names of the columns.
+        rows: one tuple for each row, in the order of the columns; None if a value does not apply.
 
     Example:
         >>> import jbn
@@ -25,13 +27,13 @@ class Table(NamedTuple):
     rows: list[tuple[Any, ...]]
 
     def text(self, rows: int = SHOWN) -> str:
-        """The first rows as aligned text; a last line says how many are left.
+        """The first rows as aligned text; if there are more, the last line says how many.
 
         Args:
-            rows: how many of them, at most.
+            rows: largest number of rows to show.
 
         Returns:
-            Lines, without one that is empty at the end.
+            The lines, without a newline at the end.
 
         Raises:
             Nothing.

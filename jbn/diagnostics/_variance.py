@@ -1,4 +1,4 @@
-"""How far the running variance is expected to be from the population's, by the rule that averages it."""
+"""The expected error of a running variance, for each rule that averages it."""
 
 import math
 from typing import NamedTuple
@@ -10,11 +10,11 @@ from jbn.momentum import Schedule
 
 
 class VarianceError(NamedTuple):
-    """Expected error of a running variance, in units of the population's variance.
+    """Expected error of a running variance, in units of the population variance.
 
     Attributes:
-        bias: its expectation minus the population's variance.
-        spread: its standard deviation.
+        bias: expectation of the running variance minus the population variance.
+        spread: standard deviation of the running variance.
 
     Example:
         >>> import jbn
@@ -35,30 +35,39 @@ def expected_variance(
     running_var: str = "biased",
     start_var: float = 1.0,
 ) -> VarianceError:
-    """Bias and spread of the running variance, by the rule that averages it.
+    """Bias and spread of the running variance, for the rule `running_var` that averages it.
 
-    With W the weight of the start, w those of the batches, n the batch size, p_k = sum(w**k), v0 = start_var,
-    "biased":   bias = W*(v0 - 1) - (1 - W)/n,  spread**2 = p_2 * 2*(n - 1)/n**2
-    "unbiased": bias = W*(v0 - 1),              spread**2 = p_2 * 2/(n - 1)
-    "total":    bias = W*(v0 - 1) + W*(1 - W)*distance**2 - p_2/n,
-                spread**2 = p_2 * 2*(n - 1)/n**2 + 2/n**2 * (p_2 - 2*p_3 + p_2**2) + 4/n * W**2 * distance**2 * p_2
+    For "biased":
 
-    It holds for independent, normal values of one population.
+    bias = W*(v0 - 1) - (1 - W)/n,  spread**2 = p_2 * 2*(n - 1)/n**2
+
+    For "unbiased":
+
+    bias = W*(v0 - 1),  spread**2 = p_2 * 2/(n - 1)
+
+    For "total":
+
+    bias = W*(v0 - 1) + W*(1 - W)*distance**2 - p_2/n
+    spread**2 = p_2 * 2*(n - 1)/n**2 + 2/n**2 * (p_2 - 2*p_3 + p_2**2) + 4/n * W**2 * distance**2 * p_2
+
+    W is the weight of the initial value, w are the weights of the batches, p_k is sum(w**k), n is the batch size and v0
+    is `start_var`. The equations hold for independent, normal values of one population.
 
     Args:
         momentum: share of the old value kept at an update, or a schedule from the count of updates to it.
-        steps: the updates made, an int of at least 0.
-        batch_size: n, independent values behind a batch's variance, an int of at least 1, of 2 for "unbiased".
-        distance: of the initial mean from the population's, in standard deviations; only "total" depends on it.
+        steps: number of updates, an int of at least 0.
+        batch_size: n, the number of independent values in the variance of a batch, an int of at least 1, or of at least
+            2 for "unbiased".
+        distance: distance of the initial mean from the population mean, in standard deviations; used by "total" only.
         running_var: the rule, "biased", "unbiased" or "total" (see `jbn.update`).
-        start_var: the initial variance, in units of the population's.
+        start_var: the initial variance, in units of the population variance.
 
     Returns:
-        VarianceError(bias, spread), in units of the population's variance.
+        VarianceError(bias, spread), in units of the population variance.
 
     Raises:
-        TypeError: momentum is neither a number nor a function, or steps or batch_size is no int.
-        ValueError: one of them is out of range, or running_var is unknown.
+        TypeError: momentum is neither a number nor a function, or steps or batch_size is not an int.
+        ValueError: an argument is out of range, or running_var is unknown.
 
     Example:
         >>> import jbn
@@ -70,9 +79,9 @@ def expected_variance(
         total    -0.0025 0.0707
 
     Source:
-        Variance of a normal sample's variance: Casella and Berger, Statistical Inference, 2002, theorem 5.3.1; "total"
-        is the weighted variance of all values about their weighted mean, whose part between batches is a quadratic form
-        of normal variables.
+        Casella and Berger, Statistical Inference, 2002, theorem 5.3.1, for the variance of the variance of a normal
+        sample. "total" is the weighted variance of all values about their weighted mean; its part between batches is a
+        quadratic form of normal variables.
     """
     checked_average(momentum, running_var, init(())[1], train=False)
     n = checked_count("batch_size", batch_size, 2 if running_var == "unbiased" else 1)

@@ -87,7 +87,7 @@ def test_nothing_is_wrong_with_what_is_whole(tmp_path, inspected):
 def test_a_slow_average_is_still_the_start(tmp_path, inspected):
     status, lines = inspected(saved(tmp_path / "flax", {"a": GOOD, "b": GOOD}, "flax"), "--momentum", 0.99)
     assert status == 1
-    assert "61% is still the start" in "\n".join(lines)
+    assert "initial values weigh 61%" in "\n".join(lines)
 
 
 def test_statistics_that_are_far_from_the_population_are_faulty(tmp_path, inspected):
@@ -115,9 +115,11 @@ def statistics():
 
 
 REFUSED = {
-    "absent": Refused("inspect absent", "checkpoint", "where there is nothing", "expected a file or directory"),
+    "absent": Refused("inspect absent", "checkpoint", "which does not exist", "expected a file or directory"),
     "empty": Refused("inspect empty", "checkpoint is empty", "0 checkpoints of orbax", "name one", empty),
-    "no checkpoint": Refused("inspect notes", "checkpoint is notes", "no whole", "flax.serialization.to_bytes", notes),
+    "no checkpoint": Refused(
+        "inspect notes", "checkpoint is notes", "not a complete checkpoint", "flax.serialization.to_bytes", notes
+    ),
     "no statistics": Refused("inspect kernel", "`tree`", "holds no statistics", "float `mean` and `var`", kernel),
     "other norms": Refused("inspect one --population other", "`population`", "'one', 'other'", "same", statistics),
     "epsilon": Refused("inspect one --epsilon 0", "`epsilon`", "is 0.0", "a positive number", statistics),

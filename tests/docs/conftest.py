@@ -1,4 +1,4 @@
-"""Examples and scripts compile many programs and run each of them once or twice."""
+"""Settings for examples and scripts, which compile many programs and run each once or twice."""
 
 import jax
 import pytest
@@ -6,7 +6,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def quick_compilation():
-    """LLVM's optimization would take longer than it saves."""
+    """Disable the optimization by LLVM, which would take more time than it saves."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

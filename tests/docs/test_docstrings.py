@@ -1,6 +1,6 @@
 """The docstring of every public name: its first line, its sections, arguments, exceptions and example.
 
-Each test goes over all names and reports every offender, so that a new name is tested without a change here.
+Each test checks all names and reports every offender, so that a new name is tested without a change here.
 """
 
 import ast
@@ -20,7 +20,7 @@ HEADINGS = {
     "linen": ("Attributes", "Example", "Source"),
     "nnx": ("Args", "Raises", "Example", "Source"),
 }
-NEVER_RAISED = {("jbn.merge", "NameError")}  # it merges over no axis
+NEVER_RAISED = {("jbn.merge", "NameError")}  # merge takes no axis name
 
 
 def parameters_of(name):
@@ -33,21 +33,21 @@ def parameters_of(name):
 
 
 def sections_of(name):
-    """The text under each heading of a docstring, and under none."""
+    """The text under each heading of a docstring, and under "" the text before the first."""
     every = "|".join({heading for headings in HEADINGS.values() for heading in headings})
     first, *parts = re.split(rf"^({every}):\n", inspect.getdoc(DOCUMENTED[name]) or "", flags=re.MULTILINE)
     return {"": first} | {heading: textwrap.dedent(text) for heading, text in zip(parts[::2], parts[1::2], strict=True)}
 
 
 def entries_of(name, *headings):
-    """What a docstring says of each name under these headings."""
+    """The description of each name in a docstring under these headings."""
     text = "".join(sections_of(name).get(heading, "") for heading in headings)
     _, *parts = re.split(r"^([*\w]+): ", text, flags=re.MULTILINE)
     return dict(zip(parts[::2], parts[1::2], strict=True))
 
 
 def raised_by(function, seen):
-    """The exceptions that a function raises, by itself and by what it calls of jbn by a global name."""
+    """The exceptions that a function raises itself or in the functions of jbn that it calls by a global name."""
     function = inspect.unwrap(function)
     if function in seen:
         return set()

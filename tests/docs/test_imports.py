@@ -1,4 +1,4 @@
-"""What the modules of jbn import of each other, what `import jbn` loads, and that the library prints nothing."""
+"""The imports between the modules of jbn, the modules that `import jbn` loads, and no printing in the library."""
 
 import ast
 import os
@@ -23,12 +23,12 @@ BETWEEN_WINGS = {
     *((wing, "_statistics") for wing in ("diagnostics", "plot", "checkpoint", "convert")),
     ("plot", "diagnostics"),
 }
-"""The wings stand beside each other, and import the ground and the core; these pairs import each other's too."""
+"""Wings import the ground and the core, and no other wings except in these pairs."""
 LAYERS = ("ground", "core", "wing", "public names", "top")
 
 
 def room_of(module):
-    """The file or folder in jbn/ that a module lies in; "" is jbn itself."""
+    """The file or folder in jbn/ that contains a module; "" for jbn itself."""
     return module.removeprefix("jbn").removeprefix(".").partition(".")[0]
 
 
@@ -44,7 +44,7 @@ def layer_of(module):
 
 
 def imports_of(module):
-    """The modules of jbn that one imports, anywhere in it."""
+    """The modules of jbn that a module imports, anywhere in its code."""
     found = set()
     for node in ast.walk(TREES[module]):
         if isinstance(node, ast.Import):
@@ -62,14 +62,14 @@ IMPORTS = {module: imports_of(module) for module in SOURCES}
 
 
 def run(script):
-    """What a fresh interpreter prints, on a CPU that nothing was set up on."""
+    """The words that a new interpreter prints, with no devices configured."""
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
     return result.stdout.split()
 
 
 def test_imports_point_one_way():
-    """From the top to the public names, the wings, the core and the ground; a wing imports no other wing."""
+    """Top, public names, wings, core, ground: each imports only lower layers, and a wing imports no other wing."""
     offenders = []
     for importer, imported in IMPORTS.items():
         for module in imported:
@@ -82,7 +82,7 @@ def test_imports_point_one_way():
 
 
 def test_no_module_imports_itself_by_way_of_others():
-    TopologicalSorter(IMPORTS).prepare()  # a cycle is an error that shows it
+    TopologicalSorter(IMPORTS).prepare()  # raises an error that shows the cycle
 
 
 def test_every_room_of_the_house_has_a_layer():
@@ -106,7 +106,7 @@ def test_the_library_prints_and_logs_nothing():
 
 
 def test_import_loads_jax_and_jbn_and_nothing_else():
-    """What is loaded beside jax is what takes time beside jax."""
+    """Modules that are loaded in addition to jax add to the import time."""
     loaded = run("import sys, jax, jax.numpy; print(*sys.modules, '|'); import jbn; print(*sys.modules)")
     before, after = {*loaded[: loaded.index("|")]}, {*loaded[loaded.index("|") + 1 :]}
     added = after - before

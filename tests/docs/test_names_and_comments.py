@@ -12,7 +12,7 @@ BANNED_FILES = {"utils", "util", "helpers", "helper", "misc", "common"}
 
 
 def names_given_in(tree):
-    """All that a module gives a name to, and the options of the command line."""
+    """All names that a module defines, and the options of the command line."""
     for node in ast.walk(tree):
         match node:
             case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.arg(arg=name):
@@ -25,7 +25,7 @@ def names_given_in(tree):
 
 @pytest.fixture(scope="module")
 def comments():
-    """Every comment, and where it stands."""
+    """Every comment, with its file and line."""
     found = []
     for path in FILES:
         with tokenize.open(path) as file:

@@ -1,4 +1,4 @@
-"""The notebooks run, without naming this machine, and show what their committed outputs show."""
+"""The notebooks run, reveal no paths of the machine, and give the same outputs as the committed ones."""
 
 import base64
 import itertools
@@ -18,17 +18,17 @@ MACHINE = re.compile(r"/(?:home|root|tmp|usr|opt|work|Users|private|var)/|site-p
 
 
 def kinds(notebook):
-    """What each cell puts out: streams by their name, results by the forms in which they can be shown."""
+    """The kinds of outputs of each cell: names of streams, and formats of results."""
     found = []
     for cell in notebook.cells:
         forms = (output.get("name") or sorted(output.get("data", ())) for output in cell.get("outputs", ()))
-        # How many pieces a stream comes in is chance.
+        # The number of pieces of a stream is random.
         found.append([form for form, _ in itertools.groupby(forms)])
     return found
 
 
 def texts(notebook):
-    """All text that the cells put out."""
+    """All text in the outputs of the cells."""
     for cell in notebook.cells:
         for output in cell.get("outputs", ()):
             yield output.get("text", "")
@@ -37,7 +37,7 @@ def texts(notebook):
 
 @pytest.fixture
 def plain_environment(monkeypatch):
-    """As in a terminal: the devices are the notebook's to choose. What a notebook compiles runs a few times only."""
+    """The environment of a terminal, where a notebook chooses the devices. Programs run only a few times."""
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
@@ -62,13 +62,13 @@ def test_the_site_links_each_with_a_picture_of_its_own():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-@pytest.mark.filterwarnings("default::DeprecationWarning", "default::RuntimeWarning")  # of the client, not of the cells
+@pytest.mark.filterwarnings("default::DeprecationWarning", "default::RuntimeWarning")  # of the client alone
 def test_notebook_runs_and_shows_what_it_showed(path, plain_environment):
     committed = nbformat.read(path, as_version=4)
     assert all(cell.execution_count for cell in committed.cells if cell.cell_type == "code"), "not executed"
     run = nbformat.read(path, as_version=4)
     resources = {"metadata": {"path": str(FOLDER)}}
-    # By the manager that blocks: on a busy machine the other's event loop can miss a reply, and waits out the timeout.
+    # The blocking manager, since the event loop of the other can miss a reply on a busy machine and time out.
     options = {"timeout": SECONDS, "kernel_name": "python3", "kernel_manager_class": KernelManager}
     NotebookClient(run, resources=resources, **options).execute()
     assert kinds(run) == kinds(committed)
@@ -95,5 +95,5 @@ def test_the_file_from_pytorch_is_what_pytorch_computes(tmp_path, monkeypatch):
         images = torch.tensor(made["digits"].held_out.images).movedim(-1, 1)
         with torch.no_grad():
             logits = made["network"](images).numpy()
-        # As far as sums in another order go on another machine.
+        # The tolerance allows for sums in another order on another machine.
         np.testing.assert_allclose(logits, committed["logits"], rtol=1e-4, atol=1e-4 * np.abs(logits).max())

@@ -1,4 +1,4 @@
-"""The surface of the package: a script that uses all of it, and the modules that load when they are touched."""
+"""The public names: a script that uses all of them, and the modules that load at first access."""
 
 import re
 from pathlib import Path

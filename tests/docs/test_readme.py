@@ -1,4 +1,4 @@
-"""What the README says is so."""
+"""The README is correct."""
 
 import re
 import tomllib
@@ -42,7 +42,7 @@ def test_readme_is_short_and_speaks_to_users():
 
 @pytest.mark.parametrize("file", ["README.md", *(f"notebooks/{path.name}" for path in sorted(ROOT.glob("*/*.ipynb")))])
 def test_files_that_are_named_exist(file):
-    """Of jbn/, tests/ and notebooks/, also where they stand in a command, and as a pattern with `*`."""
+    """Files of jbn/, tests/ and notebooks/, also those in commands and patterns with `*`."""
     named = re.findall(r"(?<![\w./-])((?:jbn|tests|notebooks)/[\w./*-]*\w)(?![\w<])", (ROOT / file).read_text())
     assert [path for path in named if not any(ROOT.glob(path))] == []
 

@@ -20,7 +20,7 @@ OPTIONS = {
     for key, one in SIGNATURES[name].items()
     if one.kind == one.KEYWORD_ONLY
 }
-"""The default of each argument that some function takes by keyword only: that of batch_norm where it has one."""
+"""The default of each keyword-only argument, taken from batch_norm if it has the argument."""
 OTHERWISE = {
     ("jbn.init", "dtype"): "of what is made, not of a result; second as in jnp.zeros",
     ("jbn.calibrate", "weights"): "a function of each of `batches`, which it stands beside",
@@ -56,7 +56,7 @@ def test_options_come_in_one_order():
 
 
 def test_flax_modules_take_what_those_of_flax_do():
-    """Names, order, how they are given, and defaults."""
+    """Names, order, kinds and defaults of the arguments."""
     offenders = []
     for (name, kinds), method in itertools.product(FLAX.items(), ("__init__", "__call__")):
         ours, theirs = (inspect.signature(getattr(kind, method)).parameters for kind in kinds)

@@ -1,4 +1,4 @@
-"""A checkpoint of a ResNet with jbn's norm loads into one with Flax's, and the reverse, in Linen and in NNX."""
+"""Checkpoints of a ResNet load with jbn's norm in place of Flax's and the reverse, in Linen and in NNX."""
 
 import functools
 
@@ -22,7 +22,7 @@ NORMS["nnx"] = {"jbn": jbn.nnx.BatchNorm, "flax": nnx.BatchNorm}
 both_directions = pytest.mark.parametrize(("source", "target"), [("jbn", "flax"), ("flax", "jbn")])
 
 
-# Cached, since a program is compiled for the very object.
+# Cached, because programs are compiled for each network object.
 @functools.cache
 def network(framework, norm):
     make = {"linen": resnet.linen_network, "nnx": resnet.nnx_network}[framework]
@@ -30,7 +30,7 @@ def network(framework, norm):
 
 
 def drawn(framework, norm, rng):
-    """Values that no initializer gives, so that what is not loaded is seen; the variances stay positive."""
+    """Values that no initializer gives, so that a missing load is detected; variances are positive."""
     shapes = jax.eval_shape(network(framework, norm).init, jax.random.key(0))
     return jax.tree.map(lambda leaf: jnp.asarray(rng.uniform(0.5, 1, leaf.shape), leaf.dtype), shapes)
 
@@ -44,7 +44,7 @@ def assert_loaded(framework, source, target, saved, *loaded):
 
 
 def through_orbax(folder, saved, target):
-    """As orbax restores it for the tree of the target."""
+    """The saved tree, restored by orbax with the target."""
     with orbax.checkpoint.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder / "checkpoint", saved)
         checkpointer.wait_until_finished()
@@ -59,7 +59,7 @@ def test_a_linen_checkpoint_loads_into_the_other(rng, tmp_path, source, target):
 
 
 def nnx_model(norm):
-    """Without values, as one is made to load a checkpoint into."""
+    """A model without values, into which a checkpoint is loaded."""
     return nnx.eval_shape(lambda: resnet.NnxResNet(NORMS["nnx"][norm], **SIZE, rngs=nnx.Rngs(0)))
 
 

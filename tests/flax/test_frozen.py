@@ -1,4 +1,4 @@
-"""Statistics that stay as they are: frozen norms, and training that updates none."""
+"""Unchanged statistics: frozen norms, and training without updates."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ import jbn
 
 KEY = jax.random.key(0)
 WARM = jbn.momentum.warmup(0.9)
-# Batch renorm has schedules for its bounds by default, which read a count in training.
+# The default bounds of batch renorm are schedules, which read a count in training.
 LINEN = {"norm": jbn.linen.BatchNorm, "renorm": jbn.linen.BatchRenorm}
 NNX = {"norm": jbn.nnx.BatchNorm, "renorm": jbn.nnx.BatchRenorm}
 
@@ -92,7 +92,7 @@ def test_the_gradient_of_a_frozen_nnx_norm_is_that_of_inference(rng):
 def test_a_linen_norm_normalizes_by_the_batch_and_updates_nothing(rng, module, at_call):
     x, flag = images(rng), {"update_statistics": False}
     norm = module(use_running_average=False, momentum=WARM, **({} if at_call else flag))
-    # A count is stored for schedules of bounds, which the output depends on; momentum asks for none.
+    # The schedules of the bounds affect the output, so a count is stored for them, but none for momentum.
     count = {} if module is jbn.linen.BatchNorm else {"count": jnp.zeros(3)}
     variables = {"params": {"scale": jnp.ones(3), "bias": jnp.zeros(3)}, "batch_stats": statistics() | count}
     out = norm.apply(variables, x, **(flag if at_call else {}))
@@ -143,16 +143,16 @@ def test_a_linen_model_is_frozen_by_an_attribute_and_its_variables_stay(rng):
 
 
 def test_training_refuses_statistics_that_a_schedule_would_overwrite_and_inference_serves_them(rng):
-    """In NNX their count is 0, as that of a new module; where it is known what they are, they are refused."""
+    """In NNX the count of loaded statistics is 0, as in a new module; training refuses them if it can see values."""
     x = images(rng)
     norm = given_statistics(jbn.nnx.BatchNorm, momentum=WARM)
     norm(x, use_running_average=True)
     norm(x, update_statistics=False)
     assert_refused(
         {
-            "momentum": Refused(lambda: norm(x), ValueError, "count", "is 0 beside a `mean`", "norm.count[...] ="),
+            "momentum": Refused(lambda: norm(x), ValueError, "count", "is 0, but `mean`", "norm.count[...] ="),
             "bounds": Refused(
-                lambda: given_statistics(jbn.nnx.BatchRenorm)(x), ValueError, "count", "is 0", "give numbers for"
+                lambda: given_statistics(jbn.nnx.BatchRenorm)(x), ValueError, "count", "is 0", "use numbers instead"
             ),
         }
     )
@@ -171,14 +171,14 @@ REFUSED = {
         TypeError,
         "frozen",
         "is 1",
-        "expected True (normalize by the running statistics",
+        "expected True (always normalize by the running",
     ),
     "nnx": Refused(
         lambda: jbn.nnx.BatchNorm(3, update_statistics="no", rngs=nnx.Rngs(0))(np.ones((2, 3), np.float32)),
         TypeError,
         "update_statistics",
         "is 'no'",
-        "or False (leave them as they are)",
+        "or False (leave them unchanged)",
     ),
 }
 

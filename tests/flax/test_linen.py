@@ -75,7 +75,7 @@ def test_steps_are_those_of_flax(rng, options):
 
 @pytest.mark.standard_promotion
 def test_a_mask_that_only_flax_can_place_is_taken_as_flax_does(rng):
-    """From the last axis on: one of the features; a mask of the examples stays one where it fits."""
+    """It is aligned with the last axes, as a mask of features; a mask that fits the examples masks examples."""
     x, norm = images(rng), jbn.linen.BatchNorm(momentum=0.0)
     variables = norm.init(KEY, x, use_running_average=False)
     for mask, whole in ((np.array([True, False, True]), (1, 1, 3)), (rng.random((6, 4)) < 0.6, (6, 4, 1))):
@@ -85,7 +85,7 @@ def test_a_mask_that_only_flax_can_place_is_taken_as_flax_does(rng):
 
 @pytest.mark.standard_promotion
 def test_dtype_of_the_result_is_that_of_flax():
-    """Under every dtype of input, parameters and result; with and without parameters; in training and inference."""
+    """For every dtype of input, parameters and result, with and without parameters, in training and inference."""
     cases = itertools.product(
         ["float32", "bfloat16", "float16"],
         ["float32", "bfloat16"],
@@ -118,7 +118,7 @@ def test_options_reach_the_function(rng):
 
 @pytest.mark.parametrize("options", [{"momentum": SCHEDULE}, {"axis_name": "devices"}])
 def test_initialization_does_not_update(rng, options):
-    """Nor does it need the mapped axis, or a batch that ghost batches divide."""
+    """It needs neither the mapped axis nor a batch size that is divisible by the ghost batch size."""
     norm = jbn.linen.BatchNorm(use_running_average=False, ghost_batch_size=4, **options)
     _, state = jbn.init(3)
     stored = norm.init(KEY, images(rng))["batch_stats"]
@@ -171,7 +171,7 @@ def call(x=MATRIX, flag=None, **options):
 
 
 def applied(x=MATRIX, module=jbn.linen.BatchNorm, dtype=np.float32, count=None, **options):
-    """A norm on variables that are there already, without a count unless it is given."""
+    """Apply a norm to existing variables, without a count unless it is given."""
     statistics = {"mean": jnp.zeros(3, dtype), "var": jnp.ones(3, dtype)}
     statistics |= {} if count is None else {"count": count}
     variables = {"params": {"scale": np.ones(3), "bias": np.zeros(3)}, "batch_stats": statistics}
@@ -208,7 +208,7 @@ REFUSED = {
         ValueError,
         "mean",
         "has shape (3,)",
-        "expected (4,), as x of shape (8, 4)",
+        "expected (4,), the features of x of shape (8, 4)",
     ),
     "a schedule without a count": Refused(
         lambda: applied(momentum=SCHEDULE), ValueError, "batch_stats", "no `count`", "jbn.convert.split"
@@ -218,13 +218,13 @@ REFUSED = {
         ValueError,
         "batch_stats",
         "no `count`, which a schedule reads",
-        "give numbers for schedules",
+        "use numbers instead of schedules",
     ),
     "one count for all features": Refused(
         lambda: applied(momentum=SCHEDULE, count=jnp.int32(7)), ValueError, "count", "has shape ()", "jbn.upgrade(tree)"
     ),
     "half-precision statistics": Refused(
-        lambda: applied(dtype=jnp.bfloat16), TypeError, "mean", "has dtype bfloat16", "cast the parameters alone"
+        lambda: applied(dtype=jnp.bfloat16), TypeError, "mean", "has dtype bfloat16", "cast only the parameters"
     ),
 }
 

@@ -1,4 +1,4 @@
-"""The Linen module under transformations: each update is made once, statistics are shared where they shall be."""
+"""The Linen module under transformations: one update for each call, and sharing over the right devices."""
 
 import functools
 
@@ -41,7 +41,7 @@ LAYERS = 3
 
 
 class Repeated(nn.Module):
-    """A block scanned LAYERS times: weights and statistics stacked by layer, or one block carried through."""
+    """A block scanned LAYERS times: variables stacked by layer, or one block in the carry."""
 
     shared: bool = False
 
@@ -159,7 +159,7 @@ def test_shard_map_shares_statistics(rng, groups):
 
 
 def test_gradient_accumulation_updates_once_a_microbatch(rng):
-    """A scan over microbatches, the statistics in its carry: k updates that together keep `momentum` of the start."""
+    """A scan that carries the statistics over microbatches: together, k updates keep `momentum` of the old value."""
     x = np.stack([images(rng) for _ in range(4)])
     norm = jbn.linen.BatchNorm(use_running_average=False, momentum=jbn.momentum.per_microbatch(0.5, 4))
     variables = norm.init(KEY, x[0])

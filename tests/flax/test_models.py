@@ -1,4 +1,4 @@
-"""Modules in Flax models: tables, copies, nested transforms and sharding are those of Flax's norm in their place."""
+"""Modules in Flax models: tables, copies, nested transforms and sharding equal those with Flax's norm."""
 
 import copy
 import itertools
@@ -103,7 +103,7 @@ def test_copies_of_modules_are_the_same(rng, copied):
 
 
 def scheduled(seed=0):
-    """A norm with schedules, made anew, as two runs of one script make it."""
+    """A new norm with schedules, as each run of a script makes one."""
     return jbn.nnx.BatchRenorm(
         3,
         momentum=jbn.momentum.warmup(np.float32(0.5)),

@@ -32,7 +32,7 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_variables_are_those_of_flax(options):
     ours, flaxs = (nnx.state(made(module, **options)) for module in (jbn.nnx, nnx))
-    # The structure has the paths, the types of Variable and their metadata.
+    # The structure includes the paths, Variable types and metadata.
     assert jax.tree.structure(ours) == jax.tree.structure(flaxs)
     for a, e in zip(jax.tree.leaves(ours), jax.tree.leaves(flaxs), strict=True):
         assert a.dtype == e.dtype
@@ -59,7 +59,7 @@ def test_steps_are_those_of_flax(rng, options):
 
 @pytest.mark.standard_promotion
 def test_dtype_of_the_result_is_that_of_flax():
-    """Under every dtype of input, parameters and result; with and without parameters; in training and inference."""
+    """For every dtype of input, parameters and result, with and without parameters, in training and inference."""
     cases = itertools.product(
         map(jnp.dtype, ["float32", "bfloat16", "float16"]),
         map(jnp.dtype, ["float32", "bfloat16"]),
@@ -77,7 +77,7 @@ def test_dtype_of_the_result_is_that_of_flax():
 
 
 def test_inference_in_half_precision_keeps_the_statistics_in_float32(rng):
-    """Flax casts them to `dtype`: half a unit of a mean of 100 is a quarter of a standard deviation."""
+    """Flax casts them to `dtype`, and then half a unit of a mean of 100 is a quarter of a standard deviation."""
     x = images(rng) / 2 + 100
     norm = made(jbn.nnx, dtype=jnp.bfloat16)
     norm.mean[...] = jnp.full(3, 100.3)
@@ -185,7 +185,7 @@ REFUSED = {
         ValueError,
         "bias",
         "has shape (2,)",
-        "expected (3,), as x of shape (8, 3) has it on `axis` -1",
+        "expected (3,), the features of x of shape (8, 3) on `axis` -1",
     ),
     "number of features": Refused(
         lambda: call(num_features=5.0), TypeError, "num_features", "is 5.0", "an int or a sequence of ints"
@@ -204,7 +204,7 @@ REFUSED = {
         with_one_count, ValueError, "count", "has shape ()", "jbn.upgrade(tree) gives each feature"
     ),
     "a schedule set later": Refused(
-        with_a_schedule_set_later, ValueError, "momentum", "has no `count`", "give the schedule at construction"
+        with_a_schedule_set_later, ValueError, "momentum", "has no `count`", "Give the schedule at construction"
     ),
 }
 

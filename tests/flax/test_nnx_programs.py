@@ -1,4 +1,4 @@
-"""Programs that Flax's own tests and examples run on NNX models: jbn's norm gives in them what Flax's gives."""
+"""Programs from Flax's own tests and examples of NNX models: jbn's norm gives the same results as Flax's."""
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ def ensemble(norm, x):
 
 
 def lanes_of_one_model(norm, x):
-    """Params are shared, and each lane has statistics of its own."""
+    """The lanes share parameters, and each lane has statistics of its own."""
     axes = nnx.StateAxes({nnx.BatchStat: 0, ...: None})
     model = nnx.vmap(lambda: Block(nnx.Rngs(0), norm), out_axes=axes, axis_size=4)()
     assert model.norm.scale.shape == (3,)
@@ -46,7 +46,7 @@ def axes_of_each_variable(norm, x):
 
 
 def scan_over_layers(axis):
-    """Params along the first axis; all layers update the same statistics, or, not carried, read them only."""
+    """Parameters are stacked; all layers update the same statistics in the carry, or only read them."""
 
     def program(norm, x):
         model = stacked(norm, nnx.StateAxes({nnx.Param: 0, ...: None}))
@@ -100,7 +100,7 @@ PROGRAMS = {
 
 
 def arrays(results):
-    """Every array of nested results, modules by their state."""
+    """Every array in nested results, with modules replaced by their state."""
     return [
         leaf
         for result in (results if isinstance(results, tuple) else (results,))
@@ -118,7 +118,7 @@ def test_nnx_programs_give_what_flax_gives(rng, program):
 
 @pytest.mark.standard_promotion
 def test_a_step_on_mutable_arrays_gives_what_flax_gives(rng):
-    """Mutable arrays are made outside of jit."""
+    """Mutable arrays are created outside of jit."""
 
     def step_on_mutable_arrays(norm, x):
         with nnx.var_defaults(hijax=True):

@@ -1,4 +1,4 @@
-"""The NNX module under transformations: each update is made once, statistics are shared where they shall be."""
+"""The NNX module under transformations: one update for each call, and sharing over the right devices."""
 
 import functools
 
@@ -40,7 +40,7 @@ def gradient_and_state(function, x):
 
 
 def functional(model, x):
-    """By split and merge, and plain jax."""
+    """The same with nnx.split, nnx.merge and plain jax."""
     graph, params, rest = nnx.split(model, nnx.Param, ...)
 
     @jax.jit
@@ -72,7 +72,7 @@ def test_transformations_update_once(rng):
 
 
 def stacked(seeds, **options):
-    """Blocks along a new first axis of every variable."""
+    """Blocks stacked along a new first axis of every variable."""
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])
     return nnx.vmap(lambda key: Block(nnx.Rngs(key), **options))(keys)
 
@@ -141,7 +141,7 @@ def test_shapes_without_arrays():
 
 
 def test_gradient_accumulation_updates_once_a_microbatch(rng):
-    """Four microbatches a step, under jit: k updates that together keep `momentum` of the start."""
+    """Four microbatches in each step, under jit: together, k updates keep `momentum` of the old value."""
     batches = np.stack([images(rng) for _ in range(4)])
     norm = made(jbn.nnx, momentum=jbn.momentum.per_microbatch(0.5, 4))
 

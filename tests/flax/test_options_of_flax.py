@@ -1,4 +1,4 @@
-"""Every option of Flax's norms, in models that train: a swap by one changed name gives what Flax gives."""
+"""Every option of Flax's norms, in models that train: a change of one name gives the same results as Flax."""
 
 import functools
 import inspect
@@ -34,7 +34,7 @@ COMMON = {
     "axis_name": "lanes",
     "use_fast_variance": False,
 }
-"""Another value than the default, for each option that both modules have."""
+"""A value that is not the default, for each option that both modules have."""
 LINEN = {**COMMON, "force_float32_reductions": False}
 NNX = {
     **COMMON,
@@ -67,7 +67,7 @@ class NNXModel(nnx.Module):
 
 
 def linen_model(module, options):
-    """Start, and the application (params, statistics, x) -> (out, statistics), in training."""
+    """Initial variables, and a function (params, statistics, x) -> (out, statistics) for training."""
     options = {"use_running_average": False, **options}
     model = Model(functools.partial(module, **options))
     start = model.init(jax.random.key(0), jnp.zeros((2, 5, 3)))
@@ -91,7 +91,7 @@ def nnx_model(module, options):
 
 
 def trained(params, statistics, apply, mapped):
-    """Parameters and statistics after some steps of gradient descent, on several lanes that average gradients."""
+    """Parameters and statistics after some steps of gradient descent, with gradients averaged over lanes."""
 
     def loss(params, statistics, x):
         out, statistics = apply(params, statistics, x)
@@ -120,7 +120,7 @@ def pmapped(step):
 
 
 def assert_trains_as_flax(models, options, mapped=vmapped):
-    """To rounding: of the result where it is narrower, since gradients pass through it."""
+    """Equal up to rounding, in the dtype of the result if it is narrow, since gradients pass through it."""
     make, modules = models
     ours, flaxs = (trained(*make(module, options), mapped) for module in modules)
     assert jax.tree.structure(ours) == jax.tree.structure(flaxs)
@@ -160,7 +160,7 @@ EVERY = {**EVERY, "use_bias": True, "use_scale": True, "use_running_average": Fa
 
 
 def test_a_linen_model_with_every_option_trains_and_its_bytes_load_into_flaxs():
-    """In float32: without float32 reductions, Flax has its statistics in the dtype of half-precision parameters."""
+    """In float32, since without float32 reductions Flax's statistics get the dtype of half-precision parameters."""
     options = {**LINEN, **EVERY, "param_dtype": jnp.float32}
     assert_trains_as_flax(LINEN_MODELS, options)
     held = trained(*linen_model(jbn.linen.BatchNorm, options), vmapped)

@@ -1,4 +1,4 @@
-"""BatchRenorm of Linen and of NNX: the core's batch renormalization on a module's variables."""
+"""BatchRenorm of Linen and NNX: `jbn.batch_renorm` on the variables of a module."""
 
 import jax
 import jax.numpy as jnp
@@ -57,5 +57,5 @@ def with_a_bound_set_later():
 
 
 def test_a_module_made_for_numbers_takes_no_schedule_later():
-    row = Refused(with_a_bound_set_later, ValueError, "momentum", "a bound is a schedule", "give the schedule at")
+    row = Refused(with_a_bound_set_later, ValueError, "momentum", "a bound is a schedule", "Give the schedule at")
     assert_refused({"r_max": row})

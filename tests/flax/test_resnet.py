@@ -1,7 +1,7 @@
 """A ResNet with jbn's norm in place of Flax's, in Linen and in NNX: the same variables and the same training steps.
 
-One step at a time from common variables, since training amplifies rounding: studies/free_runs.py draws by how much.
-The networks that run have two of the four stages of a ResNet-18, and so each kind of block.
+Each step starts from common variables, since training amplifies rounding; studies/free_runs.py draws how much.
+The networks have two of the four stages of a ResNet-18, which contain each kind of block.
 """
 
 import functools
@@ -21,7 +21,7 @@ import jbn
 pytestmark = pytest.mark.standard_promotion
 
 NETWORKS = {"linen": resnet.linen_network, "nnx": resnet.nnx_network}
-# Flax's formulas are E[x^2] - E[x]^2, its default, and E[(x - E[x])^2].
+# Flax has two formulas: E[x^2] - E[x]^2, the default, and E[(x - E[x])^2].
 NORMS = {
     ("linen", "jbn"): jbn.linen.BatchNorm,
     ("linen", "flax"): linen.BatchNorm,
@@ -33,10 +33,10 @@ NORMS = {
 both_frameworks = pytest.mark.parametrize("framework", NETWORKS)
 
 
-# Cached, since a program is compiled for the very object.
+# Cached, because programs are compiled for each network object.
 @functools.cache
 def network(framework, norm, dtype="float32", activation=jax.nn.relu):
-    # A statistic then is a tenth the batch's, not a hundredth.
+    # With this momentum a new statistic is a tenth of the batch's, not a hundredth.
     norm = functools.partial(NORMS[framework, norm], momentum=0.9)
     dtype = jnp.dtype(dtype)
     dtypes = {"dtype": dtype, "param_dtype": jnp.promote_types(dtype, jnp.float32)}
@@ -49,7 +49,7 @@ def start(framework, norm="jbn"):
 
 
 def from_common_states(networks, variables, steps, seed=0):
-    """Each step of every network, from where the step before left the first of them."""
+    """Each step of every network, from the variables of the first network after the step before."""
     params, batch_stats = variables
     for images, labels in resnet.batches([8], steps, seed):
         steps = [resnet.differentiated(network, params, batch_stats, images, labels) for network in networks]
@@ -58,7 +58,7 @@ def from_common_states(networks, variables, steps, seed=0):
 
 
 class Distance(NamedTuple):
-    """Of a step to another, relative to the loss, and to the norm of each leaf; the largest of the leaves."""
+    """Distance between two steps, relative to the loss and to the norm of each leaf; the largest over the leaves."""
 
     loss: float
     batch_stats: float
@@ -80,11 +80,11 @@ def test_a_resnet_18_has_the_variables_of_flax(framework):
         jax.eval_shape(NETWORKS[framework](NORMS[framework, norm], channels=3).init, jax.random.key(0))
         for norm in ("jbn", "flax")
     )
-    # The structure has the paths, and for NNX the types of Variable and their metadata.
+    # The structure includes the paths and, for NNX, the Variable types and metadata.
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     chex.assert_trees_all_equal_shapes_and_dtypes(ours, theirs)
     params, batch_stats = ours
-    # As many as https://github.com/kuangliu/pytorch-cifar has with a stem of 3 x 3 and ten classes.
+    # The number in https://github.com/kuangliu/pytorch-cifar with a stem of 3 x 3 and ten classes.
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 11_173_962
     assert len(jax.tree.leaves(batch_stats)) == 2 * 20
 
@@ -100,17 +100,17 @@ def test_variables_are_those_of_flax_from_the_first_value_on(framework):
 @both_frameworks
 def test_training_steps_equal_those_of_flax_in_float64(x64, framework):
     networks = [network(framework, norm, "float64") for norm in ("jbn", "flax")]
-    # Flax turns its float32 statistics to float64 at the first update, jbn keeps the dtype that it is given.
+    # Flax converts float32 statistics to float64 at the first update; jbn keeps the given dtype.
     variables = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), start(framework))
     for ours, theirs in from_common_states(networks, variables, steps=4):
         chex.assert_trees_all_equal_dtypes(ours, theirs)
         chex.assert_trees_all_close(ours[:2], theirs[:2], rtol=1e-5, atol=0)
-        # A statistic in float32 would pass that, with 1e-7.
+        # A statistic in float32 would pass the check above, with an error of 1e-7.
         assert max(distance(ours, theirs)) <= 1e-10
 
 
 def distances_to_two_passes(framework, dtype, seed=0):
-    """Of jbn and of Flax's default formula, the mean of twenty steps."""
+    """Mean distances, over twenty steps, of jbn and of Flax's default formula."""
     networks = [network(framework, norm, dtype, jax.nn.silu) for norm in ("jbn", "flax")]
     exact = network(framework, "flax, two passes", "float32", jax.nn.silu)
     distances = [
@@ -123,15 +123,15 @@ def distances_to_two_passes(framework, dtype, seed=0):
 @pytest.mark.slow
 @pytest.mark.parametrize(("framework", "dtype"), [("linen", "bfloat16"), ("nnx", "float32")])
 def test_training_steps_round_like_those_of_flax(framework, dtype):
-    """As far from Flax's two passes in float32 as Flax's default formula is, within a factor of four.
+    """The distance to Flax's two passes in float32 is at most four times that of Flax's default formula.
 
-    That is for loss, statistics and gradients in the mean of the steps about 1e-7, 2e-7 and 2e-6 in float32, 1e-3, 1e-3
-    and 5e-2 in bfloat16. Flax's formulas share their mean and its rounding, jbn's mean has one of its own. With 36
-    orders of the batches jbn was 0.5 to 2.6 times as far.
-    The two passes are in float32 even for bfloat16, since both formulas round to bfloat16 in the same places, so that
-    their difference hides it. jbn rounds less there: Flax rounds the gradient of x twice, and in NNX scale and bias.
-    The activation is smooth, since relu's slope jumps: one value in its last layer that rounding moved from 0 to 6e-8
-    changed a gradient by 2e-1 of its norm.
+    The mean distances of loss, statistics and gradients are about 1e-7, 2e-7 and 2e-6 in float32, and 1e-3, 1e-3 and
+    5e-2 in bfloat16. Flax's formulas share their mean and its rounding; jbn's mean is rounded differently. With 36
+    orders of the batches, jbn's distance was 0.5 to 2.6 times that of Flax's default.
+    The two passes are in float32 even for bfloat16. In bfloat16 both of Flax's formulas round in the same places, so
+    their difference hides this rounding. jbn rounds less there: Flax rounds the gradient of x twice, and in NNX also
+    scale and bias. The activation is smooth, since the slope of relu jumps: one value in its last layer that rounding
+    changed from 0 to 6e-8 changed a gradient by 2e-1 of its norm.
     """
     of_ours, of_theirs = distances_to_two_passes(framework, dtype)
     assert np.all(np.array(of_ours) <= 4 * np.array(of_theirs)), (of_ours, of_theirs)

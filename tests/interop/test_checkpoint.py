@@ -19,7 +19,7 @@ step = compiled(jbn.batch_norm, static_argnums=3)
 
 @pytest.fixture(scope="module")
 def tree():
-    """What a training loop saves: params and states of two norms, one without scale, and an optimizer's state."""
+    """A tree that a training loop saves: params and states of two norms, one without scale, and an optimizer state."""
     rng = np.random.default_rng(0)
     params, state = jbn.init(3)
     for _ in range(3):
@@ -73,7 +73,7 @@ def test_checkpoints_of_flax_nnx_batch_norm_are_restored(tmp_path, save):
 
 @by_format
 def test_a_target_has_the_structure_of_what_was_saved_by_its_paths(tmp_path, save):
-    """A field, a key and a place are one to both formats, and what is empty is not stored."""
+    """Both formats treat fields, keys and indices alike, and store no empty nodes."""
     params, state = jbn.init(3)
     save(tmp_path / "saved", {"norm": (params, state), "empty": {}})
     for target in ({"norm": [params, state]}, {"norm": {"0": params, "1": state}, "other": {}, "none": None}):
@@ -82,7 +82,7 @@ def test_a_target_has_the_structure_of_what_was_saved_by_its_paths(tmp_path, sav
 
 @by_format
 def test_counts_of_jbn_0_1_become_those_of_each_feature(tmp_path, save):
-    """That of a norm, and those of a stack of two; what else has such a shape or dtype stays as it was."""
+    """The count of a norm and those of a stack of two are converted; other leaves of this shape or dtype are not."""
     step = jnp.int32(9)
     norm, stack = (jbn.State(jnp.ones(shape), jnp.ones(shape), None) for shape in (3, (2, 3)))
     old = {"norm": norm._replace(count=jnp.int32(7)), "stack": stack._replace(count=jnp.int32([1, 2])), "step": step}
@@ -132,7 +132,7 @@ def test_restored_arrays_have_the_shardings_of_the_target(tmp_path):
 
 
 def test_64_bits_are_restored_as_numpy_where_jax_has_32(tmp_path):
-    """Without 64 bits, jax would cut them."""
+    """jax would truncate them to 32 bits."""
     tree = {"step": np.int64(2**40), "rate": 0.5, "scale": np.ones(2)}
     save_by_flax(tmp_path / "saved", tree)
     restored = jbn.checkpoint.restore(tmp_path / "saved", tree)
@@ -149,7 +149,7 @@ def test_a_step_of_a_checkpoint_manager_is_restored_and_its_folder_refused(tmp_p
     with ocp.CheckpointManager(tmp_path / "all") as manager:
         manager.save(3, args=ocp.args.StandardSave(jbn.init(3)))
     assert_same_trees(jbn.checkpoint.restore(tmp_path / "all" / "3" / "default", jbn.init(3)), jbn.init(3))
-    with pytest.raises(ValueError, match="in a CheckpointManager's directory give step/default"):
+    with pytest.raises(ValueError, match="in the directory of a CheckpointManager give step/default"):
         jbn.checkpoint.restore(tmp_path / "all", jbn.init(3))
 
 

@@ -1,4 +1,4 @@
-"""Batch norms of Equinox become jbn's: of layers written by hand, and of models trained there, in both modes."""
+"""Conversion from Equinox, of layers written by hand and of trained models, in both modes."""
 
 import functools
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ from jbn.convert import from_equinox, split
 
 
 def layer(mode="batch", momentum=0.9, **vectors):
-    """What `equinox.nn.BatchNorm` has, with indices into a state that is a dict."""
+    """The attributes of `equinox.nn.BatchNorm`, with indices into a state that is a dict."""
     indices = {"batch_counter": 0, "batch_state_index": 1, "ema_first_time_index": 0, "ema_state_index": 1}
     return SimpleNamespace(mode=mode, momentum=momentum, **{"weight": None, "bias": None, **vectors}, **indices)
 
@@ -26,7 +26,7 @@ LAYER = layer()
 
 
 def hidden_after(batches, momentum):
-    """The state of mode "batch": an average of means from 0 and one of biased variances from 1."""
+    """The state of mode "batch": averages of the means, from 0, and of the biased variances, from 1."""
     mean, var = np.zeros(batches.shape[-1]), np.ones(batches.shape[-1])
     for x in batches.astype(np.float64):
         mean, var = (momentum * old + (1 - momentum) * new for old, new in ((mean, x.mean(0)), (var, x.var(0))))
@@ -37,7 +37,7 @@ def assert_weighted_averages(state, batches, momentum):
     weights = momentum ** np.arange(len(batches) - 1, -1, -1)
     batches = batches.astype(np.float64)
     assert (state.count == len(batches)).all()
-    # What is left of the start is taken out of a hidden value that was rounded beside it.
+    # The initial value is subtracted from a hidden value that was rounded with it.
     condition = 1 / (1 - momentum ** len(batches))
     assert_close(state.mean, np.average(batches.mean(1), axis=0, weights=weights), condition=condition, scale=1)
     assert_close(state.var, np.average(batches.var(1), axis=0, weights=weights), condition=condition)
@@ -60,7 +60,7 @@ def test_batch_mode_without_memory_gives_the_last_batch():
 
 
 def test_batch_mode_gives_no_negative_variance():
-    """The hidden variance of a constant channel may be rounded to less than what is left of the start."""
+    """Rounding may make the hidden variance of a constant channel smaller than its share of the initial variance."""
     left = np.float32([0.9**10]) * np.float32(1 - 1e-6)
     _, state = from_equinox(LAYER, {0: np.int32(10), 1: (np.zeros(1, np.float32), left)})
     np.testing.assert_array_equal(state.var, np.zeros(1))
@@ -97,17 +97,17 @@ REFUSED = {
     "no layer": Refused(lambda: from_equinox({}, {}), TypeError, "layer", "is a dict", "mode ema or batch"),
     "no state": Refused(lambda: from_equinox(LAYER, None), TypeError, "state", "is a NoneType", "the equinox.nn.State"),
     "another layer's state": Refused(
-        lambda: from_equinox(LAYER, {}), ValueError, "state", "has nothing of `layer`", "that was made with it"
+        lambda: from_equinox(LAYER, {}), ValueError, "state", "has no statistics of `layer`", "that was made with it"
     ),
     "another model's state": Refused(
         lambda: from_equinox(LAYER, SimpleNamespace(get={}.__getitem__)),
         ValueError,
         "state",
-        "has nothing of `layer`",
+        "has no statistics of `layer`",
         "that was made with it",
     ),
     "a stack of layers": Refused(
-        lambda: from_equinox(LAYER, {0: np.zeros(4)}), ValueError, "layer", "is a stack of (4,)", "by jax.vmap or"
+        lambda: from_equinox(LAYER, {0: np.zeros(4)}), ValueError, "layer", "is a stack of (4,)", "with jax.vmap or"
     ),
 }
 
@@ -131,7 +131,7 @@ def test_a_model_trained_in_equinox_predicts_the_same(rng, mode):
 
         def __init__(self, key):
             first, second, third = jax.random.split(key, 3)
-            # So small a momentum that after 30 steps nothing is left of the start, which Equinox's inference misreads.
+            # With this momentum the initial values, which Equinox's inference misreads, have no weight after 30 steps.
             norm = functools.partial(eqx.nn.BatchNorm, axis_name="batch", momentum=0.4, mode=mode)
             self.layers = [eqx.nn.Conv2d(3, 8, 3, key=first), norm(8)]
             self.layers += [eqx.nn.Conv2d(8, 6, 3, use_bias=False, key=second), norm(6), eqx.nn.Linear(6, 4, key=third)]

@@ -1,4 +1,4 @@
-"""Norms in the variables of Flax models, Linen and NNX, become jbn's and go back to the same places."""
+"""Conversion from and to the variables of Linen and NNX models; norms return to the same places."""
 
 import jax
 import jax.numpy as jnp
@@ -124,7 +124,7 @@ def test_linen_modules_that_only_have_a_mean_are_left_alone():
 
 
 def test_other_collections_of_linen_are_left_whole():
-    """Also where they hold something at the path of a norm."""
+    """Also if they have an entry at the path of a norm."""
     variables = {"batch_stats": {"norm": {"mean": TWO, "var": TWO}}, "cache": {"norm": {"mean": TWO}}}
     _, rest = split(variables, "linen")
     assert rest["cache"] == variables["cache"]
@@ -133,7 +133,7 @@ def test_other_collections_of_linen_are_left_whole():
 def test_boxes_of_flax_are_refused_until_they_are_taken_out():
     variables = {"params": {"scale": BOXED}, "batch_stats": {"mean": TWO, "var": TWO}}
     with pytest.raises(
-        ValueError, match=r"is a Partitioned, which cannot be converted to an array: take it out by flax"
+        ValueError, match=r"is a Partitioned, which cannot be converted to an array: unbox it with flax"
     ):
         from_linen(variables)
     assert from_linen(nn.meta.unbox(variables))[0].scale.shape == (2,)
@@ -159,7 +159,7 @@ REFUSED = {
         TypeError,
         "entries",
         "a BatchNorm",
-        "by the names scale, bias, mean",
+        "with the names scale, bias, mean",
     ),
     "no collection in a tree": Refused(
         lambda: split({"params": None}, "linen"), TypeError, "tree", "NoneType at params", "expected a mapping"

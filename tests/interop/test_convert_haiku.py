@@ -1,4 +1,4 @@
-"""Batch norms of Haiku become jbn's: of params and state written by hand, and of a model trained there."""
+"""Conversion from Haiku, of params and state written by hand and of a trained model."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ DECAY = 0.9
 
 
 def average(values):
-    """The state of `hk.ExponentialMovingAverage` after these values: it averages from 0 and divides by the weights."""
+    """The state of `hk.ExponentialMovingAverage` after these values: an average from 0, divided by its weights."""
     hidden = 0.0
     for value in values:
         hidden = DECAY * hidden + (1 - DECAY) * np.asarray(value, np.float64)
@@ -29,7 +29,7 @@ def average(values):
 
 
 def test_a_norm_predicts_and_goes_on_training_by_the_formulas_of_haiku(rng):
-    """Vectors have the rank of the input, 1 for each axis that is reduced."""
+    """Vectors have the rank of the input, with size 1 for each reduced axis."""
     batches = [reference.batch_norm(drawn(rng, 5, 4, 3, 8)) for _ in range(3)]
     x = drawn(rng, 5, 4, 3, 8)
     scale, offset = positive(rng, 1, 1, 1, 8), drawn(rng, 1, 1, 1, 8)
@@ -70,7 +70,7 @@ def test_entries_of_other_haiku_modules_are_left_alone():
 
 def test_one_error_lists_the_haiku_entries_that_are_wrong():
     wrong = {"mean_ema": AVERAGE, "var_ema": {"hidden": TWO}, "scale": "heavy"}
-    with pytest.raises(ValueError, match="not those of batch norm in Haiku") as caught:
+    with pytest.raises(ValueError, match="not those of a batch norm in Haiku") as caught:
         from_haiku(wrong)
     for message in ("`var_ema.average` is missing", "`scale` is a str, which cannot be converted to an array"):
         assert message in str(caught.value)
@@ -134,7 +134,7 @@ def test_a_model_trained_in_haiku_predicts_and_trains_the_same(rng):
     after = split((params, state), "haiku")[0].values()
     for ours, (_, expected) in zip(run(norms.values(), x, True)[1], after, strict=True):
         assert (ours.count == 6).all() and (expected.count == 6).all()
-        # Haiku's variance is E[x^2] - E[x]^2, which amplifies rounding by its second term over the variance.
+        # Haiku computes E[x^2] - E[x]^2, which amplifies rounding by the ratio of its second term to the variance.
         condition = 1 + float(jnp.max(jnp.square(expected.mean) / expected.var))
         assert_close(ours.mean, expected.mean, condition=10)
         assert_close(ours.var, expected.var, condition=10 * condition)
@@ -142,7 +142,7 @@ def test_a_model_trained_in_haiku_predicts_and_trains_the_same(rng):
 
 @pytest.mark.needs("haiku")
 def test_a_haiku_model_that_was_only_initialized_predicts_the_same(rng):
-    """Haiku's averages are then those of the batch that it was initialized with, and its inference uses them."""
+    """Haiku's averages are then the moments of the first batch, and inference uses them."""
     import haiku as hk
 
     model = hk.without_apply_rng(hk.transform_with_state(lambda x, train: hk.BatchNorm(True, True, DECAY)(x, train)))

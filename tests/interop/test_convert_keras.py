@@ -1,4 +1,4 @@
-"""Batch norms of Keras become jbn's and go back: of variables written by hand, and of a model trained there."""
+"""Conversion from and to Keras, of variables written by hand and of a trained model."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +22,7 @@ VECTORS = ("gamma", "beta", "moving_mean", "moving_variance")
 
 @pytest.fixture
 def variables(rng):
-    """As `{v.path: v for v in model.variables}` lays out a network; its second norm has no gamma."""
+    """A network with the layout of `{v.path: v for v in model.variables}`; its second norm has no gamma."""
     return {
         "net/conv/kernel": drawn(rng, 3, 3, 3, 8),
         **{f"net/first/{name}": positive(rng, 8) for name in VECTORS},
@@ -61,7 +61,7 @@ def test_a_count_keeps_a_schedule_from_overwriting_what_was_loaded(rng):
 
 @pytest.fixture(scope="module")
 def trained():
-    """A Keras model after five steps of training, for tests that give its variables back as they were."""
+    """A Keras model after five steps of training, for tests that restore its variables."""
     import keras
 
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""The arrays of one norm: there and back bit for bit in each library's names, in every dtype, or one error."""
+"""Round trips of one norm are equal bit for bit, in every library and dtype; other arrays give one error."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ def test_a_norm_comes_back_with_or_without_scale_and_bias(library):
         back = getattr(convert, f"from_{library}")(arrays, **given)
         expected = params
         if library == "torch" and params != jbn.Params(None, None):
-            # PyTorch has both or none.
+            # PyTorch has both scale and bias, or neither.
             ones_and_zeros = jnp.ones(2), jnp.zeros(2)
             expected = jbn.Params(*(d if v is None else v for v, d in zip(params, ones_and_zeros, strict=True)))
         assert jax.tree.structure(back) == jax.tree.structure((expected, state)), params
@@ -78,9 +78,9 @@ def test_a_state_without_a_count_is_written_without_one():
     assert "count" not in to_linen(params, state, with_count=True)["batch_stats"]
 
 
-NO_UPDATES = "not a number of updates"
+NO_UPDATES = "which is not a number of updates"
 REFUSED = {
-    "no mapping": Refused(lambda: from_torch(TWO), TypeError, "entries", "a ndarray", "by the names weight, bias"),
+    "no mapping": Refused(lambda: from_torch(TWO), TypeError, "entries", "a ndarray", "with the names weight, bias"),
     "missing": Refused(
         lambda: from_torch({"running_mean": TWO}), ValueError, "running_var", "is missing", "batch norm in PyTorch"
     ),
@@ -94,13 +94,13 @@ REFUSED = {
         lambda: from_nnx({"mean": TWO, "var": np.ones(2, int)}), ValueError, "var", "has dtype int32", "not a float one"
     ),
     "no array": Refused(
-        lambda: from_nnx({"mean": TWO, "var": "a"}), ValueError, "var", "is a str", "those of batch norm in Flax"
+        lambda: from_nnx({"mean": TWO, "var": "a"}), ValueError, "var", "is a str", "those of a batch norm in Flax"
     ),
     "float64": Refused(
         lambda: from_torch({**TORCH, "weight": np.ones(2)}),
         ValueError,
         "weight",
-        "is float64, which jax cuts to float32",
+        "is float64, which jax truncates to float32",
         "convert it first, or",
     ),
     "a stored count below 0": Refused(

@@ -1,4 +1,4 @@
-"""Weights of other projects: names and shapes of their own, leaves to leave out, and scales stored as gamma - 1."""
+"""Weights of other projects: other names and shapes, leaves to ignore, and scales stored as gamma - 1."""
 
 import warnings
 
@@ -20,7 +20,7 @@ EXPECTED = split(PLAIN, "torch")[0]["bn"]
 
 
 def linen(shape=(C,), **names):
-    """Variables of a block with one norm, its arrays by their own names."""
+    """Variables of a block with one norm, under the names of the project."""
     arrays = {"scale": GAMMA, "bias": BETA, "mean": MEAN, "var": VAR}
     named = {names.get(field, field): jnp.asarray(array).reshape(shape) for field, array in arrays.items()}
     params, statistics = (dict(list(named.items())[part]) for part in (slice(2), slice(2, 4)))
@@ -131,9 +131,9 @@ REFUSED = {
     "rename to nothing": Refused(
         splitting(PLAIN, rename=lambda path: None), TypeError, "rename", "gives None for bn.weight", "expected a path"
     ),
-    "rename a list": Refused(splitting(PLAIN, rename=["a"]), TypeError, "rename", "is ['a']", "a mapping from a part"),
+    "rename a list": Refused(splitting(PLAIN, rename=["a"]), TypeError, "rename", "is ['a']", "a mapping from parts"),
     "two of one name": Refused(
-        splitting(PLAIN, rename=lambda path: "a"), ValueError, "rename", "gives a to bn.weight", "a path for each"
+        splitting(PLAIN, rename=lambda path: "a"), ValueError, "rename", "maps both bn.weight", "a path for each"
     ),
     "below a leaf": Refused(
         splitting({"a": {"b": 1}, "c": 2}, "linen", rename={"c": "a/b/c"}), ValueError, "rename", "puts c", "of its own"
@@ -146,7 +146,7 @@ REFUSED = {
         "own",
     ),
     "rename a pair": Refused(
-        splitting(({}, {}), "haiku", rename={"a": "b"}), ValueError, "rename", "is 'haiku'", "change its paths before"
+        splitting(({}, {}), "haiku", rename={"a": "b"}), ValueError, "rename", "is 'haiku'", "change its paths first"
     ),
     "ignore": Refused(splitting(PLAIN, ignore=3), TypeError, "ignore", "is 3", "patterns of paths"),
     "squeeze": Refused(splitting(PLAIN, squeeze="no"), TypeError, "squeeze", "is 'no'", "True (drop axes"),
@@ -156,7 +156,11 @@ REFUSED = {
     "ignore a number": Refused(splitting(PLAIN, ignore=[3]), TypeError, "ignore", "is [3]", "patterns of paths"),
     "offset": Refused(splitting(PLAIN, scale_offset="1"), TypeError, "scale_offset", "is '1'", "a number, 1.0"),
     "no such part": Refused(
-        splitting(PLAIN, rename={"bn.weight": "scale"}), ValueError, "rename", "has 'bn.weight'", "whole parts such as"
+        splitting(PLAIN, rename={"bn.weight": "scale"}),
+        ValueError,
+        "rename",
+        "has 'bn.weight'",
+        "complete parts such as",
     ),
     "several axes": Refused(
         splitting({name: leaf[None, :, None, None] for name, leaf in PLAIN.items()}),

@@ -1,4 +1,4 @@
-"""Batch norms of PyTorch become jbn's and go back: of a state_dict written by hand, and of a model trained there."""
+"""Conversion from and to PyTorch, of a state_dict written by hand and of a trained model."""
 
 import copy
 
@@ -24,7 +24,7 @@ VECTORS = ("weight", "bias", "running_mean", "running_var")
 
 @pytest.fixture
 def state_dict(rng):
-    """As `torch.nn.Module.state_dict()` lays out a network; its second norm has no weight and bias."""
+    """A network with the layout of `torch.nn.Module.state_dict()`; its second norm has no weight and bias."""
     return {
         "conv.weight": drawn(rng, 8, 3, 3, 3),
         **{f"bn.{name}": positive(rng, 8) for name in VECTORS},
@@ -80,7 +80,7 @@ def test_a_norm_without_a_count_counts_from_zero():
 
 @pytest.fixture(scope="module")
 def trained():
-    """PyTorch, and a model after five steps of training."""
+    """The torch module, and a model after five steps of training."""
     import torch
 
     rng = np.random.default_rng(0)
@@ -107,7 +107,7 @@ def trained():
 
 @pytest.fixture
 def torch_model(trained):
-    """PyTorch, and the trained model for one test to change."""
+    """The torch module, and a copy of the trained model that a test may change."""
     torch, model = trained
     return torch, copy.deepcopy(model)
 

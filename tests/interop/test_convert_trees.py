@@ -1,4 +1,4 @@
-"""`split` and `join` leave everything but the norms as it was, and list all that keeps a tree from being converted."""
+"""`split` and `join` change only the norms, and list all problems of a tree that cannot be converted."""
 
 import jax
 import numpy as np
@@ -28,7 +28,7 @@ NESTED = {
 
 
 def without_counts(tree):
-    """The tree without the entries that `join` writes for PyTorch where there were none."""
+    """The tree without the entries that `join` adds for PyTorch."""
     if not isinstance(tree, dict):
         return tree
     return {
@@ -78,7 +78,7 @@ def test_one_error_lists_all_that_is_wrong_with_each_norm():
         calls = [lambda tree=tree: split(tree, "torch")]
         calls += [lambda tree=tree: from_torch(tree)] if case == "a norm alone" else []
         for call in calls:
-            with pytest.raises(ValueError, match="not those of batch norm in PyTorch") as caught:
+            with pytest.raises(ValueError, match="not those of a batch norm in PyTorch") as caught:
                 call()
             assert [message for message in messages if message not in str(caught.value)] == [], case
 
@@ -91,10 +91,10 @@ REFUSED = {
     "no norm in a tree": Refused(
         lambda: split({"weight": TWO}, "torch"), ValueError, "tree", "no batch norm of PyTorch", "`running_mean` and"
     ),
-    "no norms": Refused(lambda: join([], {}, "torch"), TypeError, "norms", "is a list", "the norms that split gave"),
+    "no norms": Refused(lambda: join([], {}, "torch"), TypeError, "norms", "is a list", "the norms that split returns"),
     "no rest": Refused(lambda: join({}, None, "nnx"), TypeError, "rest", "is a NoneType", "the tree without its norms"),
     "a number for a path": Refused(
-        lambda: join({0: NORM}, {}, "torch"), TypeError, "norms", "the key 0", "paths such as split"
+        lambda: join({0: NORM}, {}, "torch"), TypeError, "norms", "the key 0", "paths as split returns them"
     ),
     "no pair at a path": Refused(
         lambda: join({"bn": None}, {}, "torch"), TypeError, "norms", "None at bn", "(Params, State)"
@@ -109,7 +109,7 @@ REFUSED = {
         lambda: join({"bn": NORM}, {"params": {"bn": TWO}}, "linen"),
         ValueError,
         "rest",
-        "at params/bn/scale already",
+        "already has an entry at params/bn/scale",
         "the tree without",
     ),
     "a count for Keras": Refused(

@@ -1,4 +1,4 @@
-"""A folded layer does the work of layer and norm, for kernels of every layout."""
+"""A folded layer gives the same result as layer and norm, for kernels of every layout."""
 
 import functools
 
@@ -98,7 +98,7 @@ def test_the_output_features_may_lie_on_any_axis_of_the_kernel(rng):
 
 
 def folded_and_not(layer, norm, x, kernel, bias, *, output_axis):
-    """Outputs of a layer of two axes of features: folded, and with the norm after it."""
+    """Outputs of a layer with two feature axes: folded, and followed by the norm."""
 
     @compiled
     def both(norm, x, kernel, bias):
@@ -110,7 +110,7 @@ def folded_and_not(layer, norm, x, kernel, bias, *, output_axis):
 
 
 def test_a_depthwise_kernel_has_its_features_on_two_axes(rng):
-    """Keras' (height, width, channels, multiplier), here of one place."""
+    """A kernel of Keras, (height, width, channels, multiplier), of size 1 x 1."""
 
     def layer(x, kernel):
         return jnp.einsum("nc,cm->ncm", x, kernel[0, 0])
@@ -120,7 +120,7 @@ def test_a_depthwise_kernel_has_its_features_on_two_axes(rng):
 
 
 def test_a_grouped_transposed_kernel_has_its_features_on_two_axes(rng):
-    """PyTorch's (groups, in, out, height, width), here of one place."""
+    """A kernel of PyTorch, (groups, in, out, height, width), of size 1 x 1."""
 
     def layer(x, kernel):
         return jnp.einsum("ngi,gio->ngo", x, kernel[..., 0, 0])
@@ -194,7 +194,11 @@ REFUSED = {
     "axis": Refused(fold(output_axis=2), ValueError, "output_axis", "2 is out of range for kernel", "expected -2 to 1"),
     "axis a flag": Refused(fold(output_axis=True), TypeError, "output_axis", "is True", "an int or a sequence of ints"),
     "features": Refused(
-        fold(output_axis=0), ValueError, "params.scale", "shape (3,)", "expected (4,), as kernel of shape (4, 3) has it"
+        fold(output_axis=0),
+        ValueError,
+        "params.scale",
+        "shape (3,)",
+        "expected (4,), the features of kernel of shape (4, 3)",
     ),
     "bias": Refused(fold(bias=np.ones(4, np.float32)), ValueError, "bias", "has shape (4,)", "expected (3,)"),
     "whole kernel": Refused(

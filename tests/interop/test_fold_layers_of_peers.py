@@ -1,4 +1,4 @@
-"""`output_axis` for the kernels of other libraries is what the documentation of `jbn.fold` says."""
+"""The values of `output_axis` in the docstring of `jbn.fold` are right for kernels of other libraries."""
 
 import jax
 import numpy as np
@@ -90,7 +90,7 @@ def needed(name):
 
 @pytest.mark.parametrize("name", [needed(name) for name in LAYERS])
 def test_a_folded_layer_predicts_what_layer_and_norm_do(rng, name):
-    """As many inputs as outputs, where a wrong axis would go unseen."""
+    """Layers have as many inputs as outputs, so that a wrong axis would raise no error."""
     make, axis, features = LAYERS[name]
     shapes, run = make()
     x = normal(rng, 2, 5, 5, 6)

@@ -1,4 +1,4 @@
-"""PEERS.md, the table of what other libraries' tests check: each row names a test of ours or says why there is none."""
+"""PEERS.md, a table of the tests of other libraries: each row names a test of jbn or says why there is none."""
 
 import ast
 import functools
@@ -11,7 +11,7 @@ NOT_OURS = "does not apply: "
 
 
 def tables():
-    """The rows of PEERS.md by peer, each a list of its cells; the head and the rule beneath it left out."""
+    """The rows of PEERS.md by peer, each a list of cells, without the head and the rule below it."""
     sections = re.split(r"^## ", (TESTS / "PEERS.md").read_text(), flags=re.M)[1:]
     found = {}
     for section in sections:
@@ -22,14 +22,14 @@ def tables():
 
 @functools.cache
 def names_in(file):
-    """The names of the tests of a file, given relative to tests/; none where there is no such file."""
+    """The names of the tests in a file, given relative to tests/; empty if there is no such file."""
     path = TESTS / file
     source = ast.parse(path.read_text()) if path.is_file() else ast.Module([], [])
     return {node.name for node in source.body if isinstance(node, ast.FunctionDef)}
 
 
 def faults(row):
-    """What is wrong with a row of the table."""
+    """The problems of a row of the table."""
     if len(row) != 3 or not all(row):
         return [f"has {len([cell for cell in row if cell])} cells, not 3"]
     ours = row[2]

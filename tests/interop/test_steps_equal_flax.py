@@ -49,7 +49,7 @@ def test_ten_masked_training_steps_equal_those_of_flax_on_valid_rows(rng):
 
 
 def article_forward(x, gamma, beta, moving_mean, moving_var, momentum, eps, training):
-    """In NumPy, as the article on moving averages has it."""
+    """The NumPy code of the article on moving averages."""
     mean, var = moving_mean, moving_var
     if training:
         mean, var = np.mean(x, axis=0), np.var(x, axis=0)

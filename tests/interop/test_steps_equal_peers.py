@@ -39,7 +39,7 @@ def haiku_layer(options, call):
 
     channels_last = options.feature_axis == -1
     reduced = [0, *(range(1, call.x.ndim - 1) if channels_last else range(2, call.x.ndim))]
-    # Haiku averages from 0 and divides by the weight gathered so far, which jbn.momentum.debiased does step by step.
+    # Haiku divides an average from 0 by its total weight; jbn.momentum.debiased gives the same in each step.
     counter = call.state.count[0].astype(jnp.int32)
     weight = -jnp.expm1(counter * math.log(options.momentum))
 
@@ -65,7 +65,7 @@ def equinox_layer(options, call):
     layer = equinox.nn.BatchNorm(
         call.state.mean.size, "batch", options.epsilon, True, options.momentum, not options.train, mode="batch"
     )
-    # At counter 0 inference takes the statistics as they are; later it divides by a weight that is wrong for variances.
+    # At counter 0 inference uses the statistics unchanged; later it divides by a weight that is wrong for variances.
     state = equinox.nn.State(layer).set(layer.batch_state_index, (call.state.mean, call.state.var))
     loaded = equinox.tree_at(lambda layer: (layer.weight, layer.bias), layer, tuple(call.params))
     out, state = jax.vmap(loaded, axis_name="batch", in_axes=(0, None), out_axes=(0, None))(call.x, state)
@@ -79,7 +79,7 @@ def torch_result(options, call, cumulative=False):
     momentum = None if cumulative else 1 - options.momentum
     layer = kinds[call.x.ndim](call.x.shape[1], options.epsilon, momentum).train(options.train)
     names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-    # PyTorch counts once for all features.
+    # PyTorch has one count for all features.
     values = (torch.tensor(np.array(value)) for value in (*call.params, *call.state[:2], call.state.count[0]))
     layer.load_state_dict(dict(zip(names, values, strict=True)))
     x = torch.tensor(call.x, requires_grad=True)

@@ -1,4 +1,4 @@
-"""Population statistics: exact however the data is cut, whatever a norm averages, and where the state was."""
+"""Population statistics: exact for any split of the data, any averaging rule, and any placement of the state."""
 
 import functools
 import itertools
@@ -29,7 +29,7 @@ def digits():
 
 @pytest.fixture(scope="module")
 def trained(digits):
-    """The lesson of the README: trained well, with running statistics that are still the start."""
+    """A network that trained well, but with running statistics close to their initial values."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         optimizer = optax.adamw(optax.cosine_decay_schedule(3e-3, STEPS))
         mesh = Mesh(np.array(jax.devices()[:1]), (AXIS,))
@@ -63,7 +63,7 @@ def cut(array, sizes):
 
 
 def assert_within(state, mean, var):
-    """As the promise says: 1e-6 and two units of rounding of the mean, in standard deviations."""
+    """The guaranteed bound: 1e-6 plus two units of rounding of the mean, in standard deviations."""
     sd = np.sqrt(var)
     allowed = 1e-6 + 2 * UNIT["float32"] * np.abs(mean) / sd
     assert np.all(np.abs(np.asarray(state.mean, np.float64) - mean) / sd <= allowed)
@@ -82,7 +82,7 @@ def test_a_trained_network_however_the_data_is_cut(digits, trained):
     expected = reference.batch_norm(seen)
     whole, population = (jbn.calibrate(step, trained.state, cut(images, each)) for each in ([len(images)], sizes))
     for found in (whole, population):
-        # What XLA's convolution gives depends on the size of the batch, by a few units of its largest terms.
+        # The result of XLA's convolution depends on the batch size, by a few units of its largest terms.
         assert_close(found["stem"].mean, expected.mean, scale=1)
         assert_close(found["stem"].var, expected.var)
     assert_within(population["stem"], np.asarray(whole["stem"].mean, float), np.asarray(whole["stem"].var, float))
@@ -93,7 +93,7 @@ def test_a_trained_network_however_the_data_is_cut(digits, trained):
 
 @pytest.mark.slow
 def test_calibration_restores_the_accuracy(digits, trained):
-    """Held out, where the running statistics are still the start, against the held-out set's own statistics."""
+    """Held-out accuracy: with the initial values low, with calibration close to that with the set's own statistics."""
     step = functools.partial(batch_statistics, trained.params)
     state = jbn.calibrate(step, trained.state, cut(digits.train.images, [128] * 11 + [29]))
     running, calibrated, batch = (
@@ -143,7 +143,7 @@ def test_masks_are_exact_by_weights(rng):
 
 
 def test_masks_by_feature_are_exact_by_weights_by_feature(rng):
-    """In each batch one feature has no value at all, and says nothing of it."""
+    """In each batch one feature has no valid values, so that the batch does not affect it."""
     x = rng.normal(size=(64, 3)).astype(np.float32) + 2
     mask = rng.random((64, 3)) < 0.5
     mask[:32, 0] = mask[32:, 1] = False
@@ -207,7 +207,7 @@ def test_float64_is_kept(x64, rng):
 
 
 def test_a_step_that_takes_over_its_state(rng):
-    """With donated buffers, neither the state of the caller nor that of a norm left out is lost."""
+    """With donated buffers, the state of the caller and that of an excluded norm remain valid."""
     params, state = jbn.init(3)
     states = {"norm": state, "frozen": jbn.init(3)[1], "other": jnp.ones(3)}
 

@@ -1,4 +1,4 @@
-"""What calibrate refuses: bad arguments, and norms without statistics of one batch, named with the likely reason."""
+"""Errors of calibrate: bad arguments, and norms without statistics of one batch, with the likely reason."""
 
 import sys
 from unittest import mock
@@ -27,13 +27,13 @@ def unchanged(state, batch):
 
 
 def run_twice(tree, batch):
-    """A step of a norm without a count, in which the second call moves what the first one found; one feature is 0."""
+    """A step of a norm without a count, in which a second call changes the result of the first; one feature is 0."""
     one, found = jnp.array([1.0, 0.0]), jnp.isfinite(tree["var"])
     return {"mean": (tree["mean"] + 1) / 2 * one, "var": jnp.where(found, tree["var"], one)}
 
 
 def two(states, batch):
-    """A step of one norm, which leaves another as it was."""
+    """A step of one norm that leaves another norm unchanged."""
     return {**states, "used": step(states["used"], batch)}
 
 
@@ -42,9 +42,9 @@ ARGUMENTS = {
     "step": Refused(calibrate(step=None), TypeError, "step", "is None", "expected a function of (state, batch)"),
     "weights": Refused(calibrate(weights=[1]), TypeError, "weights", "is [1]", "expected a function of batch"),
     "select": Refused(calibrate(select="stem"), TypeError, "select", "is 'stem'", "expected a function of path"),
-    "batches": Refused(calibrate(batches=3), TypeError, "batches", "is a int", "an iterable of what `step` takes"),
+    "batches": Refused(calibrate(batches=3), TypeError, "batches", "is a int", "an iterable of batches for `step`"),
     "no batches": Refused(
-        calibrate(batches=[]), ValueError, "batches", "gave no batch of a weight above 0", "at least one"
+        calibrate(batches=[]), ValueError, "batches", "gave no batch with a weight above 0", "at least one"
     ),
     "no statistics": Refused(calibrate(state={"a": X}), ValueError, "state", "holds no statistics", "`mean` and `var`"),
     "half precision": Refused(
@@ -73,7 +73,11 @@ ARGUMENTS = {
         calibrate(batches=[(X, X[:2])]), ValueError, "batches", "leading axes of sizes [2, 4]", "Give `weights`"
     ),
     "weights of another shape": Refused(
-        calibrate(weights=lambda x: np.ones(2)), ValueError, "weights", "gives array([1., 1.]) at (the", "here (3,)"
+        calibrate(weights=lambda x: np.ones(2)),
+        ValueError,
+        "weights",
+        "gives array([1., 1.]) at (the",
+        "here of shape (3,)",
     ),
     "weights of another tree": Refused(
         calibrate(state={"stem": STATE}, weights=lambda x: {"head": X[0]}),
@@ -87,13 +91,13 @@ ARGUMENTS = {
         ValueError,
         "weights",
         "gives None at b for batch 0",
-        "an array of them for each norm",
+        "an array of weights by feature for each norm",
     ),
     "batches of numbers": Refused(
         calibrate(batches=[[3.0, 4]]),
         ValueError,
         "batches",
-        "number 0, without an array that has a leading axis",
+        "gave batch 0, which has no array with a leading axis",
         "Give `weights`",
     ),
     "no tqdm": Refused(
@@ -119,21 +123,21 @@ STEPS = {
         "expected (3,)",
     ),
     "a norm left alone": Refused(
-        calibrate(step=unchanged), ValueError, "step", "for features of 1 of 1", "Leave it out by `select`"
+        calibrate(step=unchanged), ValueError, "step", "for features of 1 of 1", "Leave it out with `select`"
     ),
     "one of two left alone": Refused(
         calibrate(step=two, state={"used": STATE, "nested": {"idle": STATE}}),
         ValueError,
         "step",
-        "on 1 batch gave no statistics for features of 1 of 2 norms:\n  nested/idle is left as it was",
+        "on 1 batch gave no statistics for features of 1 of 2 norms:\n  nested/idle was not updated",
         "or run it in training mode",
     ),
     "a feature that is finite in no batch": Refused(
         calibrate(batches=[X * np.float32([1, np.nan, 1]), X * np.float32([np.nan, np.nan, 1])]),
         ValueError,
         "step",
-        "on 2 batches gave no statistics for features of 1 of 1 norms:\n  (the tree itself) at feature 1 is left",
-        "or no batch is finite and valid there",
+        "on 2 batches gave no statistics for features of 1 of 1 norms:\n  (the tree itself) at feature 1 was not",
+        "or no batch has finite, valid values there",
     ),
     "a feature without a weight": Refused(
         calibrate(weights=lambda x: np.float32([0, 1, 0])),
@@ -146,8 +150,8 @@ STEPS = {
         calibrate(batches=[X * np.float32([1, np.nan, 1])], weights=lambda x: 0.5),
         ValueError,
         "step",
-        "at feature 1 is left as it was",
-        "or no batch is finite and valid there",
+        "at feature 1 was not updated",
+        "or no batch has finite, valid values there",
     ),
     "a norm run twice": Refused(
         calibrate(step=run_twice, state=NO_COUNT), ValueError, "step", "ran more than once", "give each call a norm of"
@@ -174,7 +178,7 @@ def test_many_consequences_of_one_fault_are_counted():
         x = jbn.normalize(PARAMS, states["norm00"], x)
         return {name: state if name == "norm00" else step(state, x) for name, state in states.items()}
 
-    with pytest.raises(ValueError, match="of 13 of 13 norms:\n  norm00 is left as it was") as error:
+    with pytest.raises(ValueError, match="of 13 of 13 norms:\n  norm00 was not updated") as error:
         jbn.calibrate(poisoned, states, [X])
     assert "and 3 more" in str(error.value)
     assert len(str(error.value).splitlines()) == 12

@@ -1,4 +1,4 @@
-"""What the error of calibrate says of norms in Flax models: frozen, called twice, of another library."""
+"""Errors of calibrate about norms in Flax models: frozen, called twice, or of another library."""
 
 import itertools
 
@@ -34,9 +34,9 @@ def test_a_frozen_norm_and_one_that_saw_nothing_finite_are_named_and_can_be_left
     with pytest.raises(ValueError, match="on 1 batch gave no statistics for features of 2 of 3 norms") as error:
         jbn.calibrate(step, stats, [x])
     lines = str(error.value).splitlines()[1:]
-    assert lines[0].startswith("  frozen is left as it was: it is frozen or in eval mode")
+    assert lines[0].startswith("  frozen was not updated: it is frozen or in eval mode")
     assert "`select`" in lines[0]
-    assert lines[1].startswith("  last saw no finite values: a norm named here")
+    assert lines[1].startswith("  last received no finite values: a norm before it")
     found = jbn.calibrate(step, stats, [x], select=lambda path: path != "frozen")
     np.testing.assert_array_equal(found["frozen"]["mean"], stats["frozen"]["mean"])
     assert_close(found["last"]["var"], step(jbn.unset(found) | {"frozen": stats["frozen"]}, x)["last"]["var"])
@@ -62,7 +62,7 @@ def test_a_layer_called_twice_is_named(rng, momentum):
 
 
 def test_a_stock_flax_norm_is_named(rng):
-    """Its average with unset statistics is not finite: -inf beside a mean that moved, or NaN under momentum 0."""
+    """Its average with unset statistics is not finite: -inf with a nonzero mean, or NaN with momentum 0."""
     x = batch(rng)
     norms = [jbn.linen.BatchNorm, linen.BatchNorm, jbn.linen.BatchNorm]
     variables = initialized(linen_model(norms), x)
@@ -75,7 +75,7 @@ def test_a_stock_flax_norm_is_named(rng):
 
 
 def test_dropout_that_draws_anew_is_no_second_call(rng):
-    """Without a count, a second call is told by running the step again, which must not mistake chance for it."""
+    """Without a count, running the step again detects a second call, and must not mistake random numbers for one."""
     x = batch(rng)
     model = linen_model([jbn.linen.BatchNorm])
     variables = initialized(model, x)

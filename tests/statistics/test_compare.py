@@ -1,4 +1,4 @@
-"""How far running statistics are from the population's: the table of `diagnostics.compare`, and how it prints."""
+"""The table of `diagnostics.compare` about running and population statistics, and how it prints."""
 
 import math
 
@@ -13,7 +13,7 @@ STATE = jbn.init(3)[1]
 
 
 def test_compare_says_what_inference_does(rng):
-    """The output with the running statistics is ratio * right + shift, and the error its root mean square."""
+    """The output with running statistics is ratio * right + shift, and the error is the root mean square error."""
     x = rng.normal(size=(4096, 3)) * [1, 2, 3] + [0, 5, -5]
     params, state = jbn.init(3)
     state = jbn.State(jnp.array([0.5, 0.0, -5.0]), jnp.array([1.0, 1.0, 36.0]), jnp.full(3, 9.0))

@@ -1,4 +1,4 @@
-"""The health of a tree of statistics: each planted fault is found, in trees of every kind."""
+"""Health of a tree of statistics: each planted fault is found, in trees of every kind."""
 
 import jax
 import jax.numpy as jnp
@@ -53,11 +53,11 @@ def test_health_finds_each_planted_fault():
     population = jax.tree.map(lambda leaf: leaf, {"good": good._replace(mean=jnp.array([0.5, 5.0, 0.5]))})
     assert row_of(diagnostics.health({"good": good}, population), "good")["far"] == 1
     started = diagnostics.health({"good": good}, momentum=0.99)
-    assert row_of(started, "good")["stale"] == "61% is still the start"
+    assert row_of(started, "good")["stale"] == "initial values weigh 61%"
     assert row_of(diagnostics.health({"good": good}, momentum=0.5), "good")["stale"] is None
     once = {"good": good._replace(count=jnp.ones(3))}
     assert row_of(diagnostics.health(once, momentum=0.01), "good")["stale"] is None
-    assert row_of(diagnostics.health(once, momentum=0.0101), "good")["stale"] == "1% is still the start"
+    assert row_of(diagnostics.health(once, momentum=0.0101), "good")["stale"] == "initial values weigh 1%"
 
 
 @pytest.mark.standard_promotion
@@ -83,7 +83,7 @@ def test_health_of_flax_models(rng):
 
 
 def test_other_variables_of_a_norm_are_no_fault():
-    """Bounds of renormalization, steps, and counts of any form, as other libraries store them beside mean and var."""
+    """Bounds of renormalization, steps, and counts of any form, which other libraries store beside mean and var."""
     norm = {"mean": jnp.full(3, 0.5), "var": jnp.full(3, 2.0)}
     key = jax.random.key(0)
     for extra in ({"r_max": 3.0, "steps": jnp.int32(7)}, {"count": {"value": 7}}, {"count": key}, {"count": "seven"}):
@@ -105,7 +105,7 @@ REFUSED = {
         jitted(diagnostics.health, tree=STATE), TypeError, "tree", "is traced", "call them outside of jit"
     ),
     "other norms": Refused(
-        lambda: diagnostics.health({"a": STATE}, {"b": STATE}), ValueError, "tree", "other norms", "the same"
+        lambda: diagnostics.health({"a": STATE}, {"b": STATE}), ValueError, "tree", "different norms", "the same"
     ),
 }
 

@@ -30,7 +30,7 @@ every_law = pytest.mark.parametrize("case", LAWS)
 
 @functools.cache
 def running(case):
-    """By rule, mean and variance of many replicas, a feature each, in units of the population's standard deviation."""
+    """Running mean and variance of many replicas by rule, one feature each, in units of the population's deviation."""
     momentum, steps, batch_size = LAWS[case]
     x = np.random.default_rng(7).normal(MEAN, SD, (steps, batch_size, REPLICAS)).astype(np.float32)
     mean, var = np.full((2, REPLICAS), [[MEAN + DISTANCE * SD], [START_VAR * SD**2]], np.float32)
@@ -42,7 +42,7 @@ def running(case):
         return new, None
 
     states, _ = jax.jit(lambda start, x: jax.lax.scan(step, start, x))(start, x)
-    # A variance of one value is not known, so that there is nothing to update by.
+    # The unbiased variance of one value is undefined, so there is no update.
     assert (states["unbiased"].count == (steps if batch_size > 1 else 0)).all()
     assert (states["total"].count == steps).all()
     return {
@@ -52,7 +52,7 @@ def running(case):
 
 
 def assert_expected(samples, expected, rounding=1e-5):
-    """The mean of the samples within 4 standard errors."""
+    """Check that the mean of the samples is within 4 standard errors of the expectation."""
     assert len(samples) >= 4000
     assert abs(samples.mean() - expected) <= 4 * samples.std() / math.sqrt(len(samples)) + rounding
 
@@ -152,7 +152,7 @@ REFUSED = {
         TypeError,
         "steps",
         "is None",
-        "give the updates to count to",
+        "give the number of updates, an int",
     ),
     "batch size": Refused(
         lambda: diagnostics.expected_error(0.5, 1, 0), ValueError, "batch_size", "is 0", "an int of at least 1"

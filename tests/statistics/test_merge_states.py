@@ -1,4 +1,4 @@
-"""One tree of statistics from those of replicas: the statistics of all their examples together."""
+"""Merged statistics of replicas: those of all their examples together."""
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ def test_replicas_that_saw_parts_know_the_whole(rng, center):
     merged = jbn.merge_states(*map(seen, parts), weights=sizes)
     whole = np.concatenate(parts).astype(np.float64)
     assert_close(merged.mean, whole.mean(0))
-    # The state holds rounded means, half a unit in the last place off.
+    # The state holds means that are rounded by half a unit in the last place.
     np.testing.assert_allclose(merged.var, whole.var(0), rtol=1e-5, atol=(2.0**-24 * max(center, 1)) * 10)
     np.testing.assert_array_equal(merged.count, [300, 300, 300])
 
@@ -122,7 +122,7 @@ class Model(linen.Module):
 
 @pytest.mark.standard_promotion
 def test_whole_models_are_merged_and_the_rest_is_that_of_the_first(rng):
-    """Variables of Linen, the state of an NNX model, and dicts of states with leaves that are no statistics."""
+    """Linen variables, the state of an NNX model, and dicts of states with other leaves."""
     linens = [Model().init(jax.random.key(seed), np.ones((2, 3))) for seed in range(2)]
     nnxs = [
         nnx.state(nnx.Sequential(nnx.Linear(3, 3, rngs=rngs), *(jbn.nnx.BatchNorm(3, rngs=rngs) for _ in range(2))))
@@ -149,7 +149,7 @@ def test_whole_models_are_merged_and_the_rest_is_that_of_the_first(rng):
 
 
 def test_averages_of_trees_train_on(rng):
-    """By optax inside of scan and cond, by pmean, and by hand: every dtype and shape stays."""
+    """Averages by optax in scan and cond, by pmean, and by hand keep every dtype and shape."""
     params, start = jbn.init(3)
     batches = jnp.asarray(rng.normal(size=(5, 8, 3)), jnp.float32)
 
@@ -190,7 +190,11 @@ REFUSED = {
     "no trees": Refused(merging(), ValueError, "merge_states", "got no trees", "such as a jbn.State"),
     "no statistics": Refused(merging(STATE, [1.0]), ValueError, "trees[1]", "no statistics", "float `mean` and `var`"),
     "other norms": Refused(
-        merging({"a": STATE, "b": STATE}, {"a": STATE, "c": STATE}), ValueError, "trees[1]", "other norms", "has b, c."
+        merging({"a": STATE, "b": STATE}, {"a": STATE, "c": STATE}),
+        ValueError,
+        "trees[1]",
+        "different norms",
+        "has b, c.",
     ),
     "other features": Refused(
         merging({"stem": STATE}, {"stem": jbn.init(2)[1]}),

@@ -1,4 +1,4 @@
-"""What the pictures show: labels, units, and the numbers behind the lines. They are drawn without a screen."""
+"""Pictures: labels, units, colors, and the numbers behind the lines. They are drawn without a screen."""
 
 import importlib
 import sys
@@ -7,7 +7,7 @@ from unittest import mock
 import matplotlib as mpl
 import numpy as np
 import pytest
-from matplotlib import pyplot
+from matplotlib import colors, pyplot
 from support.refusals import Refused, assert_refused
 
 import jbn
@@ -38,9 +38,13 @@ def test_each_draws_where_it_is_told(draw):
     _, ax = pyplot.subplots()
     assert draw(ax=ax) is ax
     assert draw() is not ax
-    assert ax.get_ylabel()
-    assert ax.get_title()
+    assert all((ax.get_xlabel(), ax.get_ylabel(), ax.get_title()))
     ax.figure.canvas.draw()
+
+
+@pytest.mark.parametrize("draw", PICTURES.values(), ids=PICTURES)
+def test_color_blind_readers_can_tell_the_colors_apart(draw):
+    assert {colors.to_hex(line.get_color()).upper() for line in draw().lines} <= {*plot.COLORS, "#999999"}
 
 
 def test_a_population_is_drawn_where_it_is_known():
@@ -49,6 +53,11 @@ def test_a_population_is_drawn_where_it_is_known():
         for known in ((), (2.0,))
     ]
     assert labels == [["batches", "running"], ["batches", "running", "population"]]
+
+
+def test_the_title_says_where_the_average_ends():
+    assert PICTURES["average"]().get_title() == "running mean ends at 0.6, population mean is 2"
+    assert plot.moving_average([], [], [], statistic="variance").get_title() == "running variance"
 
 
 def test_the_weight_of_the_start_is_drawn_for_each_momentum():
@@ -64,7 +73,7 @@ def test_the_optimum_is_marked():
     (best,), (error,) = mark.get_data()
     np.testing.assert_allclose(1 - best, jbn.diagnostics.best_momentum(1000, 32))
     assert error <= curve.get_ydata().min()
-    assert curve.get_label() == f"start 1 sd away, best {1 - best:.5f}"
+    assert curve.get_label() == f"1 sd: {1 - best:.5f}"
     assert len(plot.error_against_momentum(10, 32, distances=[0.0]).lines) == 1
 
 

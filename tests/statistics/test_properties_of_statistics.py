@@ -1,4 +1,4 @@
-"""What holds of moments, states and schedules for any input; how to draw more examples says test_properties.py."""
+"""Properties of moments, states and schedules for any input; test_properties.py says how to draw more examples."""
 
 import functools
 
@@ -23,7 +23,7 @@ COUNTS = st.one_of(st.integers(0, 3), st.integers(0, 2**24), st.floats(1, 1e30))
 
 @st.composite
 def parts(draw, number, features=(3,)):
-    """Moments of one scale and of counts that differ widely; those of nothing may hold anything."""
+    """Moments of one scale with counts that differ widely; moments of count 0 may hold anything."""
     scale = 10.0 ** draw(st.integers(-15, 15))
     drawn = []
     for _ in range(number):
@@ -47,7 +47,7 @@ def of_the_union(parts):
 
 
 def assert_moments(actual, expected, parts):
-    """Means within a few units of the largest mean, variances of the largest variance and squared distance."""
+    """Means agree within a few units of the largest mean, variances of the largest variance and squared distance."""
     largest = max(np.max(np.abs(part.mean), where=part.count > 0, initial=0) for part in parts)
     widest = max(np.max(np.asarray(part.var, np.float64), where=part.count > 0, initial=0) for part in parts)
     widest = max(widest, np.float64(largest) ** 2)
@@ -83,7 +83,7 @@ def test_merge_of_parts_is_the_whole(data):
 
 
 def assert_merged(merged, expected, batch):
-    """Means of parts are rounded before they are subtracted, which the variance pays for."""
+    """Means of parts are rounded before they are subtracted, which adds an error to the variance."""
     spread = batch.spread()
     rounding = UNIT["float32"] * (np.abs(expected.mean) + spread)
     assert (np.abs(np.float64(merged.mean) - expected.mean) <= SUM * rounding + FLUSHED).all()
@@ -118,7 +118,7 @@ def test_what_is_unset_becomes_the_batch(data, momentum, running_var):
     new = update(fresh, batch, momentum=np.float32(momentum), running_var=running_var)
     moves = (batch.count > (running_var == "unbiased")) & np.isfinite(batch.mean)
     for leaf, taken, before in zip(new, batch._replace(count=1), fresh, strict=True):
-        # Bit for bit, but for what the arithmetic flushes to 0.
+        # Equal bit for bit, except values that the arithmetic flushes to 0.
         expected = np.where(moves, taken, before)
         np.testing.assert_array_equal(leaf, np.where(np.abs(expected) < np.finfo(np.float32).tiny, 0, expected))
     jax.tree.map(np.testing.assert_array_equal, jbn.unset(fresh), fresh)
@@ -126,7 +126,7 @@ def test_what_is_unset_becomes_the_batch(data, momentum, running_var):
 
 @given(data=st.data())
 def test_merged_states_are_one_population(data):
-    """The law of total variance; neither order nor the unit of the weights matter, and what is unset says nothing."""
+    """The law of total variance holds in any order and unit of the weights; unset states have no effect."""
     scale = 10.0 ** data.draw(st.integers(-15, 15))
     states = [data.draw(norms((3,), scale=scale))[1] for _ in range(3)]
     weights = [data.draw(st.integers(1, 2**20)) for _ in states]
@@ -157,7 +157,7 @@ def test_a_cumulative_total_is_the_merge(data, number):
 
 @given(momentum=st.floats(0, 1, exclude_max=True), values=st.lists(st.floats(-4, 4), min_size=1, max_size=30))
 def test_a_debiased_average_is_that_of_adam(momentum, values):
-    """The average from 0, divided by the weight it has gathered, step by step in float64."""
+    """The average from 0, divided by its total weight, step by step in float64."""
     schedule = jbn.momentum.debiased(momentum)
     average, gathered, debiased = 0.0, 0.0, 0.0
     for count, value in enumerate(values):
@@ -165,7 +165,7 @@ def test_a_debiased_average_is_that_of_adam(momentum, values):
         debiased = kept * debiased + (1 - kept) * value
         average = momentum * average + (1 - momentum) * value
         gathered = momentum * gathered + (1 - momentum)
-        # Each step adds the rounding of its momentum, in float32, times what the step moves.
+        # Each step adds the float32 rounding of its momentum times the size of the update.
         assert abs(debiased - average / gathered) <= (count + 1) * 8 * UNIT["float32"] * 8
 
 
@@ -178,7 +178,7 @@ def test_schedules_are_shares_that_end_at_the_momentum(momentum, count):
     assert abs(average - count / (count + 1)) <= 4 * UNIT["float32"]
     assert abs(warm - min(np.float32(momentum), np.float32(average))) <= FLUSHED
     assert 0 <= debiased <= np.float32(momentum) * (1 + 4 * UNIT["float32"])
-    # No average without bias can weigh its past less than its own limit would, nor more than the plain average.
+    # An unbiased average weighs its past at most as much as the plain average does.
     assert debiased <= average * (1 + 8 * UNIT["float32"])
     later = float(jbn.momentum.debiased(momentum)(min(count + 1, 2**31 - 1)))
     assert later >= debiased * (1 - 8 * UNIT["float32"])

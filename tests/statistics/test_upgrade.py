@@ -1,4 +1,4 @@
-"""Statistics of jbn 0.1, whose norms had one count for all features, become those of 0.2."""
+"""Statistics of jbn 0.1, with one count for all features of a norm, become those of 0.2."""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ def test_what_has_a_count_for_each_feature_or_none_is_returned_unchanged():
 
 
 def test_each_layer_of_a_stack_keeps_its_own_count():
-    """As `nn.scan` lays them out: the count of (L,) becomes (L, C)."""
+    """Statistics stacked by `nn.scan`: the count of shape (L,) becomes (L, C)."""
     expected = state((2, 3), jnp.array([[4.0] * 3, [5.0] * 3]))
     assert_same_trees(jbn.upgrade(state((2, 3), jnp.int32([4, 5]))), expected)
 
@@ -62,8 +62,8 @@ REFUSED = {
         lambda: jbn.upgrade({"stem": state(3, jnp.int32([1, 2]))}),
         ValueError,
         "tree",
-        "at stem: `count` has shape (2,), but `mean` (3,)",
-        "expected its first axes, or ()",
+        "at stem: `count` has shape (2,), but `mean` has (3,)",
+        "expected leading axes of `mean`, or ()",
     ),
     "no statistics": Refused(
         lambda: jbn.upgrade({"a": 1}), ValueError, "tree", "holds no statistics", "nodes that have float `mean`"
