@@ -20,13 +20,14 @@ version = release = jbn.__version__
 # The source is the whole repository, so that links between pages, notebooks and files are the same here and there.
 root_doc = "docs/index"
 include_patterns = ["docs/**", "notebooks/**", "tests/PEERS.md", "CHANGELOG.md", "CONTRIBUTING.md"]
-exclude_patterns = ["docs/redirect", "docs/bench", "**/.ipynb_checkpoints"]
+exclude_patterns = ["docs/redirect", "docs/static", "docs/bench", "**/.ipynb_checkpoints"]
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon", "sphinx_copybutton"]
 
 html_theme = "furo"
 html_title = f"jbn {version}"
 html_extra_path = ["redirect"]
-html_static_path = []
+html_static_path = ["static"]
+html_css_files = ["site.css"]
 html_show_sourcelink = False
 html_math_renderer = "mathml"
 pygments_style, pygments_dark_style = "a11y-light", "a11y-high-contrast-dark"
@@ -42,13 +43,14 @@ default_role = "py:obj"
 autodoc_typehints = "none"  # the docstrings say types and shapes
 autodoc_member_order = "bysource"
 autosummary_generate = False
-napoleon_custom_sections = [("Source", "References")]
+napoleon_custom_sections = ["Returns", ("Source", "References")]  # "Returns" as text: it has no type before a colon
 napoleon_use_ivar = True
 
 
 def with_equations(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
     """Docstrings are plain text: their equations become formulas, and what has a meaning in reST is quoted."""
-    paragraphs = "\n".join(lines).split("\n\n")
+    text = "\n".join(lines).replace("Raises:\n    Nothing.\n\n", "")
+    paragraphs = text.split("\n\n")
     for number, paragraph in enumerate(paragraphs):
         if re.match(r"\w+:\n", paragraph) or ">>>" in paragraph:
             break
