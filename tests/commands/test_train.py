@@ -68,7 +68,7 @@ def test_the_checkpoint_holds_parameters_and_statistics(run):
 
 def test_inspect_finds_the_checkpoint_of_a_run(run, command):
     whole, slow = (command("inspect", run.folder, *more) for more in ((), ("--momentum", 0.99)))
-    assert (whole.status, whole.out.splitlines()[-1]) == (0, "nothing is wrong")
+    assert (whole.status, whole.out.splitlines()[-1]) == (0, "no norm is faulty")
     assert slow.status == 1
 
 
@@ -127,7 +127,7 @@ def test_where_nobody_watches_a_line_is_printed_now_and_then(capsys):
             watch(look)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines] == [f"{step}/60" for step in (1, *range(7, 60, 6), 60)]
-    assert lines[-1] == "step 60/60  loss 0.5000  train 75.0%  held out 50.0% (batch statistics 62.5%)"
+    assert lines[-1] == "step 60/60  loss 0.5000  accuracy: train 75.0%, held out 50.0% (62.5% with batch statistics)"
 
 
 def test_a_terminal_gets_a_bar(monkeypatch, capsys):

@@ -65,7 +65,7 @@ def damaged():
 
 
 FOLDERS = {
-    "no folder": Refused("--out /dev/null/here", "--out", "is /dev/null/here", "where no folder can be made"),
+    "no folder": Refused("--out /dev/null/here", "--out", "is /dev/null/here", "this folder cannot be created"),
     "a file": Refused("--out notes", "--out", "is notes, which is a file", "expected a folder", notes),
     "others' files": Refused("--out mixed", "--out", "no checkpoint", "name another folder", notes_among_checkpoints),
     "unfinished": Refused("--out run", "--out", "a run of 2 steps that ended after step 1", "--resume", unfinished),

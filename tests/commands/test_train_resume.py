@@ -47,7 +47,7 @@ def test_resuming_what_was_not_begun_starts_from_the_first_step(story):
 
 def test_an_interrupted_run_ends_quietly_and_says_how_to_go_on(story):
     assert story.interrupted.status == 130
-    assert "jbn train: interrupted; --resume goes on from the last checkpoint" in story.interrupted.err
+    assert "jbn train: interrupted; --resume continues from the last checkpoint" in story.interrupted.err
     assert "Traceback" not in story.interrupted.err
 
 
