@@ -114,7 +114,7 @@ def _read_safetensors(path: Path) -> Arrays:
         raise _needed("safetensors", path) from None
     # The NumPy framework of safetensors cannot read bfloat16.
     with safe_open(path, framework="flax") as stored:
-        names = [name for name in stored.keys() if _is_wanted(name)]  # noqa: SIM118  `stored` is not a mapping
+        names = [name for name in stored.keys() if _is_wanted(name)]  # noqa: SIM118  this is not a mapping
         return {name: stored.get_tensor(name) for name in names}
 
 

@@ -74,7 +74,7 @@ def test_a_refusal_ends_all_processes(tmp_path, start):
     started = [start(*shared, "--process-id", process, "--out", tmp_path) for process in range(2)]
     (first, said), (second, echoed) = finished(started)
     assert (first, second) == (2, 2), (said, echoed)
-    assert "holds what is no checkpoint" in said
+    assert "holds files that are not checkpoints" in said
     assert "process 0 refused to start" in echoed
 
 
