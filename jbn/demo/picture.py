@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from cycler import cycler
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -13,19 +11,12 @@ from jbn.demo.loop import CHANNELS, WATCHED, Result
 from jbn.demo.options import Options
 
 FEW = 12
-COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")
-"""The colors of Okabe and Ito, which color-blind readers can tell apart, in the place of matplotlib's C0 to C7."""
+BLUE, VERMILLION, SKY_BLUE = "#0072B2", "#D55E00", "#56B4E9"
+"""Colors of Okabe and Ito, which color-blind readers can tell apart."""
 
 
 def draw(folder: Path, options: Options, result: Result) -> Path:
     """Draw loss and accuracies by step, running mean and variance of some channels, and the error of all channels."""
-    path = folder / "picture.png"
-    with rc_context({"axes.prop_cycle": cycler(color=COLORS)}):
-        _figure(options, result).savefig(path, dpi=150)
-    return path
-
-
-def _figure(options: Options, result: Result) -> Figure:
     last = result.record.looks[-1]
     figure = Figure(figsize=(12, 12), layout="constrained")
     figure.suptitle(
@@ -39,7 +30,9 @@ def _figure(options: Options, result: Result) -> Figure:
         for row, statistic in enumerate(("mean", "var"), start=1):
             _draw_statistic(figure.add_subplot(grid[row, channel]), result, statistic, channel)
     _draw_layers(figure.add_subplot(grid[3, :]), result)
-    return figure
+    path = folder / "picture.png"
+    figure.savefig(path, dpi=150)
+    return path
 
 
 def _style(result: Result) -> str:
@@ -48,7 +41,7 @@ def _style(result: Result) -> str:
 
 
 def _draw_loss(axes: Any, result: Result) -> None:
-    axes.plot(range(1, len(result.record.loss) + 1), result.record.loss, _style(result), color="C0")
+    axes.plot(range(1, len(result.record.loss) + 1), result.record.loss, _style(result), color=BLUE)
     axes.set(title="training loss", xlabel="step", ylabel="cross-entropy (nats)", yscale="log")
 
 
@@ -58,11 +51,10 @@ def _draw_accuracies(axes: Any, result: Result) -> None:
         range(1, len(result.record.train_accuracy) + 1),
         result.record.train_accuracy,
         _style(result),
-        color="C0",
-        alpha=0.35,
+        color=SKY_BLUE,
         label="training batch, batch statistics",
     )
-    for field, color, label in (("batch", "C2", "batch statistics"), ("running", "C3", "running statistics")):
+    for field, color, label in (("batch", BLUE, "batch statistics"), ("running", VERMILLION, "running statistics")):
         accuracies = [getattr(look, f"held_out_{field}") for look in result.record.looks]
         axes.plot(steps, accuracies, _style(result), color=color, label=f"held out, {label}")
     axes.set(
@@ -91,4 +83,4 @@ def _draw_layers(axes: Any, result: Result) -> None:
         axes.set_title("no calibrated statistics, because the network diverged")
         return
     plot.running_against_population(result.run.state, result.calibrated, ax=axes)
-    axes.set_title("error of the running statistics of each channel, against calibrated statistics (bar: median)")
+    axes.set_title("error of the running statistics of each channel, against calibrated statistics")

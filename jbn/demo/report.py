@@ -41,8 +41,8 @@ def comparison(result: Result) -> str:
         return "no comparison with calibrated statistics, because they are not finite"
     table = jbn.diagnostics.compare(result.run.state, result.calibrated)
     heading = (
-        "running against calibrated statistics, worst channels first: output = ratio * correct output + shift\n"
-        "(error and shift are in standard deviations of the correct output)"
+        "running against calibrated statistics, worst channels first: output = ratio * calibrated output + shift\n"
+        "(error and shift are in standard deviations of the calibrated output)"
     )
     return f"{heading}\n{table.text(WORST)}"
 

@@ -45,7 +45,7 @@ def test_a_run_prints_its_steps_and_what_they_came_to(run):
     assert "step 12/12" in printed
     assert "what to do" in printed
     assert "with calibrated statistics (jbn.calibrate on the training set)" in printed
-    assert "output = ratio * correct output + shift" in printed
+    assert "output = ratio * calibrated output + shift" in printed
 
 
 def test_a_run_writes_a_picture_and_its_history(run):
