@@ -60,7 +60,7 @@ def _draw_accuracies(axes: Any, result: Result) -> None:
     axes.set(
         title="accuracy of training batches and of the held-out set",
         xlabel="step",
-        ylabel="accuracy (share of 1)",
+        ylabel="share of correct predictions",
         ylim=(-0.02, 1.02),
     )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
