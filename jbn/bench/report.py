@@ -27,7 +27,7 @@ Other columns: time divided by jbn's time in the same round; above 1, jbn is fas
 !: the results are wrong by more than rounding explains, so the time does not count. -: not available.
 conv-relu: with relu. unrolled, scanned: eight layers of matmul, norm and relu.
 linen-2pass: Flax with use_fast_variance=False. torch-last, torch-first: PyTorch, channels last or first in memory."""
-COUNTED = """passes: reads and writes of arrays as large as x / the least number that any program needs.
+COUNTED = """passes: reads and writes of arrays as large as x; after the slash, the least number that any program needs.
 kernels: number of kernels of the program; most of them process only a few vectors.
 temporary: memory in addition to inputs and outputs, in arrays as large as x.
 kept: memory that the forward pass keeps for the backward pass, in arrays as large as x."""
