@@ -1,4 +1,4 @@
-"""`jbn train`: what it writes and prints, the devices it runs on, and the process that only trains."""
+"""`jbn train`: the files and the output, the devices, and processes that only train."""
 
 import json
 import sys
@@ -22,7 +22,7 @@ BATCH = 32
 
 
 class Finished(NamedTuple):
-    """The folder of a finished run, its history, and how it ended."""
+    """The folder of a finished run, its history, and its exit status and output."""
 
     folder: object
     history: dict
@@ -31,7 +31,7 @@ class Finished(NamedTuple):
 
 @pytest.fixture(scope="module")
 def run(small, command, tmp_path_factory):
-    """12 steps with the average of all batches."""
+    """A run of 12 steps with the cumulative average."""
     folder = tmp_path_factory.mktemp("run")
     options = ("--steps", 12, "--momentum", "cumulative", "--batch-size", BATCH, "--devices", 1)
     ended = command("train", *options, "--out", folder)
@@ -73,7 +73,7 @@ def test_inspect_finds_the_checkpoint_of_a_run(run, command):
 
 
 def test_looks_hold_what_the_norm_saw(run):
-    """The running statistics are the average of the batches' so far."""
+    """The running statistics are the average of the batch statistics so far."""
     looks = run.history["looks"]
     assert len(looks) == 12
     for statistic in ("mean", "var"):
@@ -102,7 +102,7 @@ def test_a_process_that_does_not_write_only_trains(tmp_path, command, monkeypatc
 
 
 def test_a_cpu_stands_for_several_devices_until_jax_is_used(monkeypatch):
-    """Unless XLA_FLAGS says how many there are."""
+    """Unless XLA_FLAGS sets the number of devices."""
     asked = []
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     with monkeypatch.context() as patched:
