@@ -1,4 +1,4 @@
-"""`python -m jbn` is `jbn`."""
+"""Run the command line as `python -m jbn`."""
 
 import sys
 

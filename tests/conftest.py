@@ -1,4 +1,4 @@
-"""The devices that the tests run on, what a test asks of its surroundings, and strict promotion for jbn."""
+"""Devices of the tests, markers for packages and devices that a test needs, and strict promotion for jbn."""
 
 import importlib.util
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("KERAS_BACKEND", "jax")
-# What one worker, child process or run has compiled, the others load: a second run takes half the time.
+# Workers, child processes and later runs share compiled programs: a second run takes half the time.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "compiled"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
@@ -26,7 +26,7 @@ settings.load_profile("quick")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--may-skip", metavar="REGEX", help="fail when a test is skipped for any other reason")
+    parser.addoption("--may-skip", metavar="REGEX", help="fail if a test is skipped for another reason")
 
 
 def pytest_sessionfinish(session, exitstatus):
@@ -36,27 +36,27 @@ def pytest_sessionfinish(session, exitstatus):
         return
     reasons = [str(report.longrepr) for report in reporter.stats.get("skipped", ())]
     if others := [reason for reason in reasons if not re.search(allowed, reason)]:
-        reporter.write_line("\n".join(["Skipped, against --may-skip:", *others]), red=True)
+        reporter.write_line("\n".join(["Skipped for a reason that --may-skip does not allow:", *others]), red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
-    """Skip what cannot run here: a package, devices or a CPU that a marker asks for are not there."""
+    """Skip tests that cannot run here, because a package, devices or a CPU that a marker requires is missing."""
     packages = [package for marker in item.iter_markers("needs") for package in marker.args]
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
         pytest.skip(f"{' and '.join(missing)} is not installed: pip install -e '.[peers]'")
     devices = item.get_closest_marker("devices")
     if devices and jax.device_count() < devices.args[0]:
-        pytest.skip(f"needs {devices.args[0]} devices, and {jax.default_backend()} has {jax.device_count()}")
+        pytest.skip(f"needs {devices.args[0]} devices, but {jax.default_backend()} has {jax.device_count()}")
     if item.get_closest_marker("cpu") and jax.default_backend() != "cpu":
-        pytest.skip(f"reads a program compiled for a CPU, and this is {jax.default_backend()}")
+        pytest.skip(f"reads a program compiled for a CPU, but the backend is {jax.default_backend()}")
 
 
 @pytest.fixture(autouse=True)
 def strict_promotion(request):
-    """Implicit promotion of ranks and dtypes is an error in jbn; Flax, optax and the peers are free to use it."""
+    """Raise an error for implicit promotion of ranks and dtypes in jbn. Flax, optax and the peers may use it."""
     if request.node.get_closest_marker("standard_promotion") or request.node.get_closest_marker("needs"):
         yield
         return
@@ -66,7 +66,7 @@ def strict_promotion(request):
 
 @pytest.fixture(autouse=True)
 def scopes_of_this_program(request):
-    """A program whose text is read is not loaded from the cache with the names that another one gave its operations."""
+    """Tests that read a compiled program use it with its own names, not a cached one with names of another program."""
     if not request.node.get_closest_marker("cpu"):
         yield
         return

@@ -1,1 +1,1 @@
-"""What `jbn bench` runs: cases, peers, times, counts of the compiled programs, and the report."""
+"""The measurements of `jbn bench`: cases, libraries, times, counts of compiled programs, and the report."""

@@ -1,4 +1,4 @@
-"""What is measured of programs compiled apart: shapes, dtypes, and which programs of them."""
+"""The cases of `jbn bench --apart`: shapes, dtypes and programs, each program compiled separately."""
 
 from typing import Any, NamedTuple
 
@@ -7,13 +7,13 @@ import numpy as np
 
 MODES = ("inference", "forward", "backward", "forward+backward")
 LEAST_PASSES = {"inference": 2, "forward": 3, "backward": 5, "forward+backward": 8}
-"""Reads and writes of an array like x that no program can do without, where it fits in no cache: the forward pass reads
-x for its moments, reads it again and writes the output; the backward pass reads x and the cotangent for two sums, reads
-both again and writes the gradient."""
+"""The least number of passes (reads or writes of an array as large as x) if x does not fit in a cache. The forward pass
+reads x for the moments, reads x again and writes the output. The backward pass reads x and the cotangent for two sums,
+reads both again and writes the gradient."""
 
 
 class Case(NamedTuple):
-    """A batch, and what is done with it."""
+    """The shape and dtype of a batch, and the programs to run on it."""
 
     name: str
     shape: tuple[int, ...]
@@ -24,17 +24,17 @@ class Case(NamedTuple):
 
     @property
     def label(self) -> str:
-        """How the report calls it."""
+        """Its name in the report."""
         return f"{self.name} {'x'.join(map(str, self.shape))} {self.dtype}"
 
     @property
     def size(self) -> int:
-        """Bytes of x."""
+        """Size of x in bytes."""
         return int(np.prod(self.shape)) * jnp.dtype(self.dtype).itemsize
 
 
 class Chain(NamedTuple):
-    """Layers of matmul, norm and relu, forward and backward in one program."""
+    """Several layers of matmul, norm and relu, with forward and backward pass in one program."""
 
     name: str
     rows: int
@@ -45,12 +45,12 @@ class Chain(NamedTuple):
 
     @property
     def label(self) -> str:
-        """How the report calls it."""
+        """Its name in the report."""
         return f"{self.name} {self.layers}x{self.rows}x{self.width} {self.dtype}"
 
     @property
     def size(self) -> int:
-        """Bytes of a layer's input."""
+        """Size of the input of a layer in bytes."""
         return self.rows * self.width * jnp.dtype(self.dtype).itemsize
 
 
@@ -59,7 +59,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 def all_cases(on_cpu: bool) -> list[Any]:
-    """The cases of a whole run; a CPU is given smaller batches."""
+    """All cases; on a CPU with smaller batches."""
     images = 32 if on_cpu else 128
     found: list[Any] = []
     for dtype in DTYPES:
@@ -73,7 +73,7 @@ def all_cases(on_cpu: bool) -> list[Any]:
 
 
 def quick_cases() -> list[Any]:
-    """A few small ones, for a first look."""
+    """A few small cases for a first impression."""
     shape = (8, 56, 56, 64)
     return [
         Case("conv", shape),

@@ -1,15 +1,15 @@
-"""What a compiled program moves and keeps, read off its text: passes over memory, kernels, temporary bytes."""
+"""Count memory passes, kernels and temporary bytes of a compiled program from its HLO text."""
 
 import math
 import re
 from typing import Any, NamedTuple
 
 FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "copy-start", "copy-done", "after-all"}
-"""Operations that move nothing."""
+"""Operations that neither read nor write memory."""
 ROWS = {"slice", "dynamic-slice", "gather"}
-"""Operations that read a part of their first argument, no larger than what they write."""
+"""Operations that read a part of their first argument, no larger than their result."""
 DTYPES = {"pred": 1, "s32": 4, "u32": 4, "s64": 8, "u64": 8, "bf16": 2, "f16": 2, "f32": 4, "f64": 8}
-"""Sizes. Arrays of bytes are left out: they are workspaces of convolutions, of the size of what is free."""
+"""Bytes per value. 8-bit types are excluded: such arrays are workspaces of convolutions, sized by the free memory."""
 COMPUTATION = re.compile(r"^(ENTRY )?%([\w.\-]+) .*?\{$(.*?)^\}", re.MULTILINE | re.DOTALL)
 INSTRUCTION = re.compile(r"\s+(?:ROOT )?%([\w.\-]+) = (\(.*?\)(?= [\w\-]+\()|\S+) ([\w\-]+)\((.*)")
 ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
@@ -19,7 +19,7 @@ class Counts(NamedTuple):
     """Counts of a compiled program."""
 
     passes: float
-    """reads and writes of large arrays at the boundaries of kernels, in units of one array"""
+    """reads and writes of large arrays at kernel boundaries, in units of one array"""
     kernels: int
     temporary_bytes: int
     moved_bytes: int
@@ -27,18 +27,18 @@ class Counts(NamedTuple):
 
 
 class Instruction(NamedTuple):
-    """A line of a computation."""
+    """One instruction of an HLO computation."""
 
     name: str
     shape: str
     operation: str
     arguments: list[str]
-    """Names of instructions; of a parameter, its number."""
+    """Names of instructions; for a parameter, its number."""
     called: str | None
 
 
 def count(compiled: Any, bytes_of_one: int) -> Counts:
-    """The counts, where arrays of at least half of `bytes_of_one` are large. The body of a loop counts as not run."""
+    """Count a compiled program. Arrays of at least `bytes_of_one / 2` are large. Bodies of loops are not counted."""
     computations = _computations(compiled.as_text())
     kernels, moved = 0, []
     shapes: dict[str, str] = {}
@@ -59,7 +59,7 @@ def count(compiled: Any, bytes_of_one: int) -> Counts:
 
 
 def _computations(text: str) -> dict[str, list[Instruction]]:
-    """The instructions of each computation; the entry has the name ""."""
+    """The instructions of each computation by name; the entry computation has the name ""."""
     return {
         "" if entry else name: [_instruction(line) for line in filter(None, map(INSTRUCTION.match, body.split("\n")))]
         for entry, name, body in COMPUTATION.findall(text)
@@ -75,7 +75,7 @@ def _instruction(line: re.Match[str]) -> Instruction:
 
 
 def _reads_rows_only(computation: list[Instruction], place: int) -> bool:
-    """Whether a fused computation takes nothing but slices and gathered rows of its argument at this place."""
+    """Whether a fused computation reads only slices or gathered rows of its argument at this position."""
     names = {line.name for line in computation if line.operation == "parameter" and line.arguments == [str(place)]}
     for line in computation:
         if names.intersection(line.arguments):
@@ -87,7 +87,7 @@ def _reads_rows_only(computation: list[Instruction], place: int) -> bool:
 
 
 def _sizes(shape: str) -> list[int]:
-    """Bytes of each array of a shape, without those in a TPU's fast memory."""
+    """Bytes of each array in a shape, except arrays in the fast memory S(1) of a TPU."""
     return [
         DTYPES[dtype] * math.prod(int(size) for size in sizes.split(",") if size)
         for dtype, sizes, layout in ARRAY.findall(shape)

@@ -1,4 +1,4 @@
-"""The inputs of a case, and what the formula makes of them in float64."""
+"""The inputs of a case, and their normalized values in float64."""
 
 from typing import NamedTuple
 
@@ -10,15 +10,15 @@ from jbn.bench.cases import Case
 
 EPSILON = 1e-5
 ROTATED = 256 * 2**20
-"""Bytes of inputs to go round, more than the caches of today's processors hold."""
+"""Total bytes of the rotated inputs, more than processor caches hold."""
 MEAN = 2.0
-"""Of the data, in its standard deviations."""
+"""Mean of the data, in standard deviations."""
 KINK = 1e-4
-"""How near to 0 rounding may carry what relu is given to the other side, with room to spare."""
+"""Inputs of relu closer to 0 than this can change sign by rounding; the value has a safety margin."""
 
 
 class Batch(NamedTuple):
-    """One input, in NumPy, and the cotangent of the output."""
+    """One input in NumPy, and the cotangent of the output."""
 
     x: np.ndarray
     cotangent: np.ndarray
@@ -28,7 +28,7 @@ class Batch(NamedTuple):
 
 
 class Standardized(NamedTuple):
-    """A batch by its own mean and variance."""
+    """A batch standardized by its own mean and variance."""
 
     xhat: np.ndarray
     rstd: np.ndarray
@@ -37,20 +37,20 @@ class Standardized(NamedTuple):
 
 
 def batches(case: Case) -> list[Batch]:
-    """Different inputs of a case, more than caches hold, but between 2 and 8."""
+    """Make 2 to 8 different inputs of a case, if possible more than the caches hold."""
     number = int(np.clip(-(-ROTATED // (2 * case.size)), 2, 8))
     return [batch(case, np.random.default_rng(seed)) for seed in range(number)]
 
 
 def on_device(given: list[Batch], channels_first: bool) -> list[Batch]:
-    """The same for JAX, with the axes in the order that a layer takes."""
+    """Convert batches to JAX arrays, with the axes in the order that a layer expects."""
     if channels_first:
         given = [batch._replace(x=_first(batch.x), cotangent=_first(batch.cotangent)) for batch in given]
     return [jax.tree.map(jnp.asarray, batch) for batch in given]
 
 
 def batch(case: Case, rng: np.random.Generator, mean: float = MEAN) -> Batch:
-    """Normal data around the mean, in the dtype of the case."""
+    """Draw normal data with the given mean and standard deviation 1, in the dtype of the case."""
     features = case.shape[-1]
     x = (rng.standard_normal(case.shape, np.float32) + np.float32(mean)).astype(case.dtype)
     cotangent = rng.standard_normal(case.shape, np.float32)
@@ -63,13 +63,13 @@ def batch(case: Case, rng: np.random.Generator, mean: float = MEAN) -> Batch:
     made = Batch(x, cotangent.astype(case.dtype), mask, scale.astype(np.float32), bias.astype(np.float32))
     if not case.relu:
         return made
-    # Beside the kink of relu rounding chooses the gradient, which would make everybody's look wrong.
+    # Close to the kink of relu, rounding decides the gradient, and every library would seem wrong.
     cotangent = np.where(np.abs(standardized(made).out) > KINK, cotangent, 0)
     return made._replace(cotangent=cotangent.astype(case.dtype))
 
 
 def standardized(batch: Batch) -> Standardized:
-    """What the formula of training makes of x, in float64."""
+    """Evaluate the training formula for x in float64."""
     x = np.asarray(batch.x, np.float64)
     axes = tuple(range(x.ndim - 1))
     valid = np.broadcast_to(True if batch.mask is None else batch.mask, x.shape)

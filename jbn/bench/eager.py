@@ -1,4 +1,4 @@
-"""Gradients of one norm outside of jit, as in a notebook or a debugger."""
+"""Gradients of one norm outside jit, as in a notebook or a debugger."""
 
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from jbn.bench.programs import Program
 
 
 class Eager(NamedTuple):
-    """A value and gradients of one norm; argument 0 is its parameters, 1 is x."""
+    """Value and gradients of one norm; argument 0 is the parameters, argument 1 is x."""
 
     name: str
     argnums: tuple[int, ...]
@@ -21,7 +21,7 @@ class Eager(NamedTuple):
 
     @property
     def label(self) -> str:
-        """How the report calls it."""
+        """Its name in the report."""
         return f"{self.name} {'x'.join(map(str, self.shape))} float32"
 
 
@@ -29,7 +29,7 @@ CASES = [Eager("one norm, in params", (0,)), Eager("one norm, in params and x", 
 
 
 def programs(case: Eager, peers: Collection[str]) -> dict[str, Program]:
-    """By module or function: jbn's, and those of the peers."""
+    """The programs of a case, by name of module or function, for jbn and the given peers."""
     inputs = [jax.random.normal(jax.random.key(seed), case.shape) for seed in range(2)]
     features = case.shape[-1]
     gradients = {

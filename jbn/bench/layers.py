@@ -1,4 +1,4 @@
-"""Batch norm in jbn and in the other libraries of JAX, behind one signature."""
+"""Batch norm of jbn and of other JAX libraries, with one common signature."""
 
 import importlib
 from collections.abc import Callable
@@ -15,7 +15,7 @@ MOMENTUM = 0.9
 
 
 class Layer(NamedTuple):
-    """A batch norm as pure functions; the output has the dtype of x."""
+    """A batch norm as pure functions. The output has the dtype of x."""
 
     state: Callable[[int], Any]
     """features -> the running statistics"""
@@ -28,7 +28,7 @@ class Layer(NamedTuple):
 
 
 def jbn_layer() -> Layer:
-    """This library."""
+    """Batch norm of jbn."""
 
     def train(scale: Any, bias: Any, state: Any, x: Any, mask: Any, activation: Activation | None) -> Any:
         params = jbn.Params(scale, bias)
@@ -41,7 +41,7 @@ def jbn_layer() -> Layer:
 
 
 def linen_layer(use_fast_variance: bool = True) -> Layer:
-    """Flax Linen."""
+    """Batch norm of Flax Linen."""
     from flax import linen
 
     def norm(x: Any, running: bool) -> Any:
@@ -63,11 +63,11 @@ def linen_layer(use_fast_variance: bool = True) -> Layer:
 
 
 def nnx_layer() -> Layer:
-    """Flax NNX."""
+    """Batch norm of Flax NNX."""
     from flax import nnx
 
     def norm(scale: Any, bias: Any, state: Any, x: Any) -> Any:
-        # Made within the trace that is to change its statistics, which NNX insists on.
+        # NNX requires that the module is created in the trace that changes its statistics.
         module = nnx.BatchNorm(scale.size, momentum=MOMENTUM, epsilon=EPSILON, dtype=x.dtype, rngs=nnx.Rngs(0))
         module.scale, module.bias = nnx.Param(scale), nnx.Param(bias)
         module.mean, module.var = nnx.BatchStat(state["mean"]), nnx.BatchStat(state["var"])
@@ -86,7 +86,7 @@ def nnx_layer() -> Layer:
 
 
 def haiku_layer() -> Layer:
-    """Haiku."""
+    """Batch norm of Haiku."""
     haiku = importlib.import_module("haiku")
 
     def applied(scale: Any, bias: Any, state: Any, x: Any, training: bool, activation: Activation | None) -> Any:
@@ -100,7 +100,7 @@ def haiku_layer() -> Layer:
         return _activated(out.astype(x.dtype), activation), jax.tree.map(jnp.ravel, new)
 
     def state(features: int) -> Any:
-        # Its averages start from 0 at counter 0; mean 0 and variance 1 are what inference is given elsewhere.
+        # Haiku starts its averages from 0 with counter 0. The other libraries start from mean 0 and variance 1.
         def average(value: Any) -> dict[str, Any]:
             return {"counter": jnp.int32(1), "hidden": value, "average": value}
 
@@ -117,7 +117,7 @@ def haiku_layer() -> Layer:
 
 
 def equinox_layer() -> Layer:
-    """Equinox, by its mode "batch"."""
+    """Batch norm of Equinox in mode "batch"."""
     equinox = importlib.import_module("equinox")
 
     def applied(scale: Any, bias: Any, state: Any, x: Any, inference: bool, activation: Activation | None) -> Any:
@@ -136,10 +136,10 @@ def equinox_layer() -> Layer:
 
 
 def keras_layer() -> Layer:
-    """Keras on JAX."""
+    """Batch norm of Keras with the JAX backend."""
     keras = importlib.import_module("keras")
     if keras.backend.backend() != "jax":
-        raise ImportError("Keras runs on another backend: set KERAS_BACKEND=jax.")
+        raise ImportError("Keras uses another backend: set KERAS_BACKEND=jax.")
 
     def applied(scale: Any, bias: Any, state: Any, x: Any, training: bool, mask: Any, activation: Any) -> Any:
         policy = "float32" if x.dtype == jnp.float32 else f"mixed_{x.dtype.name}"
@@ -166,7 +166,7 @@ LAYERS: dict[str, Callable[[], Layer]] = {
     "equinox": equinox_layer,
     "keras": keras_layer,
 }
-"""What a library needs is imported when its layer is made; ImportError where it is not installed."""
+"""Each function imports its library, and raises ImportError if the library is not installed."""
 
 
 def _mean_and_var(features: int) -> dict[str, jax.Array]:

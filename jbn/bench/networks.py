@@ -1,4 +1,4 @@
-"""The networks whose training steps `jbn bench` measures, in Flax Linen: the module of their norms is an argument."""
+"""Networks in Flax Linen for the training steps of `jbn bench`. The norm module is an argument."""
 
 import functools
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ MOMENTUM = 0.9
 
 
 class Norm(NamedTuple):
-    """A batch norm module with Flax's names, and whether relu and the shortcut are given to it."""
+    """A batch norm module with the interface of Flax, and whether it applies relu and the shortcut itself."""
 
     module: Any
     inside: bool = False
@@ -24,11 +24,11 @@ NORMS = {
     "jbn": Norm(jbn.linen.BatchNorm),
     "jbn-inside": Norm(jbn.linen.BatchNorm, inside=True),
 }
-"""jbn in Flax's place, with one name changed; and the way to use jbn best."""
+"""jbn in place of Flax, with one name changed; and the recommended use, with relu and shortcut inside the norm."""
 
 
 def normed(norm: Norm, x: jax.Array, **given: Any) -> jax.Array:
-    """The norm of x, in training, with the shortcut added and relu applied inside of it or after it."""
+    """Apply the norm in training mode; the shortcut and relu are applied inside the norm or after it."""
     module = functools.partial(norm.module, use_running_average=False, momentum=MOMENTUM, dtype=x.dtype)
     if norm.inside:
         return module(activation=nn.relu)(x, **given)
@@ -38,7 +38,7 @@ def normed(norm: Norm, x: jax.Array, **given: Any) -> jax.Array:
 
 
 class MLP(nn.Module):
-    """Three norms."""
+    """A multilayer perceptron with three norms."""
 
     norm: Norm
     width: int
@@ -52,7 +52,7 @@ class MLP(nn.Module):
 
 
 class Sequences(nn.Module):
-    """Three norms over sequences of unequal length, which a mask tells."""
+    """Three norms over sequences of unequal lengths, given by a mask."""
 
     norm: Norm
     width: int
@@ -66,7 +66,7 @@ class Sequences(nn.Module):
 
 
 class Block(nn.Module):
-    """The bottleneck block of a residual network, with its stride in the inner convolution."""
+    """A bottleneck block of a residual network, with the stride in the 3 x 3 convolution."""
 
     norm: Norm
     width: int
@@ -87,7 +87,7 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet-50, or a smaller one by its number of blocks in each stage."""
+    """ResNet-50, or a smaller network with fewer blocks per stage."""
 
     norm: Norm
     blocks: tuple[int, ...] = (3, 4, 6, 3)

@@ -1,4 +1,4 @@
-"""What the right numbers are, and how far those of a program are from them."""
+"""The correct results in float64, and the error of a program."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ import numpy as np
 from jbn.bench.data import MEAN, Batch, standardized
 
 SUM = 64
-"""Units of rounding that a result made of a few long sums may be off by, for a mean near 0."""
+"""Allowed error of a result from a few long sums, in units of rounding, for a mean near 0."""
 
 
 def expected(batch: Batch, relu: bool) -> tuple[np.ndarray, ...]:
-    """Output, and gradients of scale, bias and x, from the formula in float64; 0 in masked places."""
+    """Compute output and gradients of scale, bias and x in float64; masked values are 0."""
     xhat, rstd, out = standardized(batch)
     valid = np.ones((*out.shape[:-1], 1)) if batch.mask is None else batch.mask.astype(np.float64)
     cotangent = np.asarray(batch.cotangent, np.float64) * valid
@@ -27,7 +27,7 @@ def expected(batch: Batch, relu: bool) -> tuple[np.ndarray, ...]:
 
 
 def error(actual: Any, right: tuple[np.ndarray, ...], mask: np.ndarray | None = None) -> float:
-    """The largest relative error of the arrays, each by its Euclidean norm; inf where one is not finite."""
+    """The largest relative error of the arrays in Euclidean norm; inf if an array is not finite."""
     errors = []
     for found, wanted in zip(actual, right, strict=True):
         array = np.asarray(found, np.float64)
@@ -39,6 +39,6 @@ def error(actual: Any, right: tuple[np.ndarray, ...], mask: np.ndarray | None = 
 
 
 def allowed(dtype: str, mean: float = MEAN) -> float:
-    """What rounding explains: of the result, and of sums in float32 about a mean that is so many deviations from 0."""
+    """Relative error that rounding explains: of the result, and of float32 sums of data with mean `mean` and sd 1."""
     single = float(jnp.finfo(jnp.float32).eps) / 2
     return float(jnp.finfo(dtype).eps) / 2 + SUM * single * (1 + mean)

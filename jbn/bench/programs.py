@@ -1,4 +1,4 @@
-"""The compiled programs of a case, each with the arguments that it is run on in turn."""
+"""The compiled programs of a case, each with several sets of arguments to rotate."""
 
 import itertools
 from collections.abc import Callable
@@ -14,10 +14,10 @@ from jbn.bench.layers import Layer
 
 
 class Program(NamedTuple):
-    """Something to run and to time."""
+    """A program to run and to time."""
 
     prepare: Callable[[int], Any]
-    """What is made anew for each run, and not timed: number of the buffer -> arguments"""
+    """index of the run -> arguments; called before each run and not timed"""
     run: Callable[[Any], Any]
     wait: Callable[[Any], Any]
     compiled: Any = None
@@ -25,7 +25,7 @@ class Program(NamedTuple):
 
 
 def layer_program(layer: Layer, case: Case, mode: str, given: list[Batch]) -> Program:
-    """A mode of a case, compiled, for inputs that `on_device` made."""
+    """Compile one mode of a case, for inputs from `on_device`."""
     state = layer.state(case.shape[-1])
     activation = jax.nn.relu if case.relu else None
 
@@ -55,10 +55,10 @@ def layer_program(layer: Layer, case: Case, mode: str, given: list[Batch]) -> Pr
 
 
 def _what_is_made(function: Callable[..., Any], *arguments: Any) -> Callable[..., list[jax.Array]]:
-    """The function without those results that are its arguments.
+    """The function without the results that are arguments.
 
-    Where JAX differentiates a compiled function, it hands them on to the backward pass; compiled as a result, they
-    would be copied.
+    When JAX differentiates a compiled function, it passes these arrays to the backward pass without a copy. As results
+    of a compiled program they would be copied.
     """
     program = jax.make_jaxpr(function)(*arguments)
     made = [not any(result is given for given in program.jaxpr.invars) for result in program.jaxpr.outvars]
@@ -67,13 +67,13 @@ def _what_is_made(function: Callable[..., Any], *arguments: Any) -> Callable[...
 
 
 def copy_program(case: Case) -> Program:
-    """One read and one write of as many bytes as x has: what the memory of this machine gives."""
+    """Read and write as many bytes as x has once, to measure the memory bandwidth of this machine."""
     arrays = [jnp.full(case.size // 4, seed, jnp.float32) for seed in range(2)]
     return on_buffers(jax.jit(jnp.negative).lower(arrays[0]).compile(), [(array,) for array in arrays])
 
 
 def chain_program(layer: Layer, chain: Chain) -> Program:
-    """Gradient of a chain of layers, and the new states."""
+    """Compile the gradient of a chain of layers, with the new states."""
     dtype, features = jnp.dtype(chain.dtype), chain.width
     keys = jax.random.split(jax.random.key(0), 3)
     weights = jax.random.normal(keys[0], (chain.layers, features, features), dtype) / features**0.5
@@ -84,7 +84,7 @@ def chain_program(layer: Layer, chain: Chain) -> Program:
     def block(x: Any, of_layer: Any) -> Any:
         weight, state = of_layer
         out, new_state = layer.train(scale, bias, state, x @ weight, None, jax.nn.relu)
-        # A library may hold a leaf in another shape or dtype than it gives back; scan wants them equal.
+        # A library may return a leaf in another shape or dtype than it takes. scan requires equal ones.
         return out, jax.tree.map(lambda new, old: jnp.reshape(new, old.shape).astype(old.dtype), new_state, state)
 
     def loss(weights: Any, x: Any, states: Any) -> Any:
@@ -97,7 +97,7 @@ def chain_program(layer: Layer, chain: Chain) -> Program:
 
 
 def on_buffers(compiled: Any, arguments: list[Any], residuals: int | None = None) -> Program:
-    """A compiled program, run on the arguments in turn."""
+    """A compiled program that rotates through the arguments."""
     return Program(
         lambda number: arguments[number % len(arguments)],
         lambda given: compiled(*given),

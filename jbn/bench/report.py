@@ -1,4 +1,4 @@
-"""What the records say, as text and as plain data."""
+"""The report of `jbn bench --apart`, as text and as plain data."""
 
 import math
 import os
@@ -17,22 +17,24 @@ from jbn.bench.timing import Spread, ratios, spread
 from jbn.diagnostics import Table
 
 BASE = "jbn"
-"""Over whose times the others stand."""
+"""The times of the others are divided by those of this one."""
 PACKAGES = ("jbn", "jax", "jaxlib", "flax", "dm-haiku", "equinox", "keras", "torch")
 
-LEGEND = """ms: median time of jbn. memory: the share of this machine's copy bandwidth that jbn reaches, counting the
-least bytes that the work must move; above 100% where caches help. The other columns are time over jbn's, round by
-round: above 1 jbn is faster. ± is half the distance of the quartiles within this run; from run to run it is more.
-! marks numbers that are wrong by more than rounding explains: no rival. - is what a library does not have.
-conv-relu: with relu. unrolled, scanned: eight layers of matmul, norm, relu. linen-2pass: Flax with
-use_fast_variance=False. torch-last, torch-first: PyTorch with channels last, or first, in memory."""
-COUNTED = """passes: reads and writes of arrays like x, over what no program can do without. kernels: parts of the
-program, most of them of a few vectors. temporary, kept: memory beside inputs and outputs, and what the forward pass
-keeps for the backward pass, in arrays like x."""
+LEGEND = """ms: median time of jbn in milliseconds.
+memory: share of this machine's copy bandwidth that jbn reaches, for the least bytes to move; caches can exceed 100%.
+Other columns: time divided by jbn's time in the same round; above 1, jbn is faster.
+±: half the distance between the quartiles of this run; different runs differ by more.
+!: the results are wrong by more than rounding explains, so the time does not count. -: not available.
+conv-relu: with relu. unrolled, scanned: eight layers of matmul, norm and relu.
+linen-2pass: Flax with use_fast_variance=False. torch-last, torch-first: PyTorch, channels last or first in memory."""
+COUNTED = """passes: reads and writes of arrays as large as x; after the slash, the least number that any program needs.
+kernels: number of kernels of the program; most of them process only a few vectors.
+temporary: memory in addition to inputs and outputs, in arrays as large as x.
+kept: memory that the forward pass keeps for the backward pass, in arrays as large as x."""
 
 
 def machine(threads_of_torch: str | None) -> dict[str, Any]:
-    """Versions, device and threads."""
+    """Versions, device, cores and threads of this machine."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -50,7 +52,7 @@ def machine(threads_of_torch: str | None) -> dict[str, Any]:
 
 
 def _device() -> str:
-    """The name of the first device; of a CPU, which JAX calls just that, its model."""
+    """The name of the first device; for a CPU its model, because JAX reports only "cpu"."""
     device = jax.devices()[0]
     if device.platform != "cpu":
         return f"{device.device_kind} ({device.platform})"
@@ -61,7 +63,7 @@ def _device() -> str:
 
 
 def lines(records: Sequence[Record], layers: Mapping[str, Layer | None]) -> list[str]:
-    """The tables, their words and the summary."""
+    """The tables, their legends and the summary."""
     peers = [name for name in layers if name != "jbn"]
     found, beside = times(records, peers), counts(records, [name for name in ("jbn", "linen") if name in layers])
     tables = [found.text(len(found.rows)), LEGEND, beside.text(len(beside.rows)), COUNTED]
@@ -69,7 +71,7 @@ def lines(records: Sequence[Record], layers: Mapping[str, Layer | None]) -> list
 
 
 def times(records: Sequence[Record], peers: Sequence[str]) -> Table:
-    """A line for each case and mode."""
+    """One row for each case and mode."""
     rows = []
     for record in records:
         ours = spread(record.seconds["jbn"])
@@ -79,12 +81,12 @@ def times(records: Sequence[Record], peers: Sequence[str]) -> Table:
 
 
 def counts(records: Sequence[Record], peers: Sequence[str]) -> Table:
-    """What the compiled programs of jbn and of one or two peers move and keep."""
+    """One row for each case, mode and peer: the counts of the compiled program."""
     rows = []
     for record in records:
         for peer in peers:
             if record.size and (counted := record.counts.get(peer)):
-                # Of several layers, a loop's body would count once and unrolled ones their weights too.
+                # Chains have no least number: the body of a loop counts once, and weights count as large arrays.
                 least = f"{counted.passes:.1f} / {record.least_passes}" if record.least_passes else None
                 kept = record.residual_bytes.get(peer)
                 temporary = f"{counted.temporary_bytes / record.size:.2f}"
@@ -95,42 +97,41 @@ def counts(records: Sequence[Record], peers: Sequence[str]) -> Table:
 
 
 def summary(records: Sequence[Record], peers: Sequence[str], far: Mapping[str, float], far_allowed: float) -> list[str]:
-    """Where peers win, how much on average, and whose numbers are wrong."""
+    """The mean ratio of each peer, the cases in which a peer is faster, and the peers with wrong results."""
     lines = []
     for peer in peers:
         of_peer = [ratio for record in records if (ratio := rival(record, peer))]
         if of_peer:
             mean = geometric_mean([ratio.median for ratio in of_peer])
             lines.append(
-                f"{peer}: {mean:.2f} times jbn's time, geometric mean of {len(of_peer)} measurements without !"
+                f"{peer}: {mean:.2f} times jbn's time (geometric mean of the {len(of_peer)} measurements without !)"
             )
     for record in records:
         faster = [f"{peer} ({r.median:.2f})" for peer in peers if (r := rival(record, peer)) and r.high < 1]
         if faster:
             lines.append(f"faster than jbn at {record.case}, {record.mode}: {', '.join(faster)}")
-    wrong = [f"{peer} ({error:.1g})" for peer, error in far.items() if error > far_allowed]
+    wrong = [f"{peer} (error {error:.1g})" for peer, error in far.items() if error > far_allowed]
     lines.append(
-        f"and another check, on float32 data {FAR_MEAN:g} standard deviations from 0, where rounding explains a "
-        f"relative error of output and gradients of {far_allowed:.1g}: "
-        + (f"wrong are {', '.join(wrong)}, with their errors" if wrong else "all are right")
+        f"float32 data with mean {FAR_MEAN:g} and standard deviation 1 (rounding explains a relative error of "
+        f"{far_allowed:.1g}): " + (f"wrong results from {', '.join(wrong)}" if wrong else "all results are correct")
     )
     return lines
 
 
 def rival(record: Record, peer: str, base: str = "jbn") -> Spread | None:
-    """Its time over that of the base; None where either did not run or the peer computes something else."""
+    """Time of the peer divided by that of the base. None if one of them did not run, or if the results are wrong."""
     if not {peer, base} <= record.seconds.keys() or peer == base or _is_wrong(record, peer):
         return None
     return ratios(record.seconds[peer], record.seconds[base])
 
 
 def geometric_mean(found: Sequence[float]) -> float:
-    """Of ratios."""
+    """The geometric mean of ratios."""
     return float(np.exp(np.mean(np.log(found))))
 
 
 def data(records: Sequence[Record], base: str = "jbn") -> list[dict[str, Any]]:
-    """The records in plain values, with every sample."""
+    """The records as plain values, with every sample."""
     return [
         {
             **record._asdict(),
@@ -160,7 +161,7 @@ def _is_wrong(record: Record, peer: str) -> bool:
 
 
 def _share(record: Record) -> str | None:
-    """The least bytes that must move, over what a copy moves in the same time."""
+    """The least bytes to move, divided by the bytes that a copy moves in the same time."""
     if record.copy_seconds is None or record.least_passes is None:
         return None
     faster = [copy / ours for copy, ours in zip(record.copy_seconds, record.seconds["jbn"], strict=True)]

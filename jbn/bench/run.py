@@ -1,4 +1,4 @@
-"""All programs of the cases compiled apart, measured: a record for each case and mode."""
+"""Measure the programs of `jbn bench --apart`: one record for each case and mode."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from jbn.bench.programs import Program
 from jbn.bench.timing import measure
 
 TORCH = {"torch-last": True, "torch-first": False}
-"""Whether channels are last in memory."""
+"""Whether PyTorch stores channels last in memory."""
 PEERS = (*LAYERS, *TORCH)
 FAR = Case("far", (8192, 64))
 FAR_MEAN = 1e4
@@ -25,26 +25,26 @@ __all__ = ["PEERS", "Record", "all_cases", "far_errors", "importable", "quick_ca
 
 
 class Record(NamedTuple):
-    """What was found for one case and mode; dictionaries are by peer."""
+    """The results of one case and mode. The keys of dictionaries are peers."""
 
     case: str
     mode: str
     seconds: dict[str, list[float]]
-    """a number for each round"""
+    """one time per round"""
     counts: dict[str, Counts]
     residual_bytes: dict[str, int]
     errors: dict[str, float]
     allowed: float | None = None
     size: int | None = None
-    """bytes of x"""
+    """size of x in bytes"""
     least_passes: int | None = None
     copy_seconds: list[float] | None = None
     first: dict[str, list[tuple[float, ...]]] | None = None
-    """seconds to trace, to lower and to compile a training step, each time that this was done"""
+    """seconds to trace, to lower and to compile a training step, for each repetition"""
 
 
 def importable(names: Sequence[str]) -> tuple[dict[str, Layer | None], dict[str, str]]:
-    """The layers of the peers that are installed, None for PyTorch's, and why others are not there."""
+    """Layers of the installed peers (None for PyTorch), and for each other peer the error of its import."""
     found: dict[str, Layer | None] = {}
     missing = {}
     for name in names:
@@ -58,7 +58,7 @@ def importable(names: Sequence[str]) -> tuple[dict[str, Layer | None], dict[str,
 
 
 def work(cases: Sequence[Any]) -> int:
-    """How often `run` ticks."""
+    """The number of calls of `tick` in `run`."""
     return sum(len(case.modes) if isinstance(case, Case) else 1 for case in cases)
 
 
@@ -68,7 +68,7 @@ def run(
     rounds: int,
     tick: Callable[[str], Any] = lambda what: None,
 ) -> Iterator[Record]:
-    """The records, one by one; what has been done is told to `tick`."""
+    """Yield the records one by one; call `tick` with the label of each finished measurement."""
     for case in cases:
         if isinstance(case, Case):
             found = _run_case(case, layers, rounds)
@@ -80,7 +80,7 @@ def run(
 
 
 def far_errors(layers: Mapping[str, Layer | None]) -> tuple[dict[str, float], float]:
-    """Errors in float32 where the mean is FAR_MEAN standard deviations, and what rounding explains there."""
+    """Errors in float32 for a mean of FAR_MEAN standard deviations, and the error that rounding explains there."""
     batch = data.batch(FAR, np.random.default_rng(0), FAR_MEAN)
     return _errors(FAR, layers, batch), numbers.allowed("float32", FAR_MEAN)
 
@@ -126,13 +126,13 @@ def _chains(chain: Chain, layers: Mapping[str, Layer | None]) -> dict[str, Progr
 
 
 def _errors(case: Case, layers: Mapping[str, Layer | None], batch: Batch) -> dict[str, float]:
-    """How far each peer's training is from the formula."""
+    """The error of each peer in training mode, relative to the formula in float64."""
     right = numbers.expected(batch, case.relu)
     return {name: numbers.error(_result(name, layer, case, batch), right, batch.mask) for name, layer in layers.items()}
 
 
 def _result(name: str, layer: Layer | None, case: Case, batch: Batch) -> list[np.ndarray]:
-    """Output and gradients with channels last."""
+    """Compute output and gradients, with channels last."""
     mode = "forward+backward"
     if layer is None:
         program = torch_programs.layer_program(case, mode, [batch], TORCH[name])

@@ -1,4 +1,4 @@
-"""What the records of whole steps say: each norm beside Flax Linen's."""
+"""The report of training steps: each norm compared with that of Flax Linen."""
 
 from collections.abc import Collection, Sequence
 
@@ -9,13 +9,14 @@ from jbn.bench.timing import spread
 from jbn.diagnostics import Table
 
 BASE = "linen"
-"""Over whose times the others stand."""
-LEGEND = """trace, compile: least time to trace and lower, and to compile, a whole training step: loss, gradients,
-statistics and optimizer in one program. time: median of a step, in turn with the others, and its quartiles. of linen:
-over Flax Linen's in the same run, below 1 is faster; ± is half the distance of the quartiles. moved, kernels,
-temporary: what the compiled program reads and writes at the boundaries of its kernels, how many these are, and the
-memory that it needs beside inputs and outputs. jbn: in Flax's place. jbn-inside: with relu and the shortcut given to
-it. one norm: value and gradients outside of jit. torch-last: PyTorch, eager, with channels last."""
+"""The times of the others are divided by those of this one."""
+LEGEND = """A training step is loss, gradients, statistics and optimizer in one program.
+trace, compile: shortest time of the first step to trace and lower, and to compile.
+time, quartiles: median and quartiles of a later step; the programs run in turn.
+of linen: time divided by that of Flax Linen in the same run; below 1 is faster. ±: half the distance of the quartiles.
+moved: bytes that the kernels of the compiled program read and write. temporary: memory besides inputs and outputs.
+jbn: in place of Flax's norm. jbn-inside: with relu and shortcut inside the norm. torch-last: eager, channels last.
+one norm: value and gradients outside jit. -: not measured."""
 COLUMNS = (
     *("case", "norm", "trace s", "compile s", "of linen", "time ms", "quartiles", "of linen"),
     *("moved MiB", "kernels", "temporary MiB"),
@@ -23,13 +24,13 @@ COLUMNS = (
 
 
 def lines(records: Sequence[Record], layers: Collection[str]) -> list[str]:
-    """The table, its words and the summary."""
+    """The table, its legend and the summary."""
     found = table(records)
     return [found.text(len(found.rows)), "", LEGEND, "", *summary(records)]
 
 
 def table(records: Sequence[Record]) -> Table:
-    """A line for each norm in each network, and outside of jit."""
+    """One row for each norm in each network, and for each norm outside jit."""
     return Table(COLUMNS, [_row(record, name) for record in records for name in record.seconds])
 
 
@@ -47,7 +48,7 @@ def _row(record: Record, name: str) -> tuple[str | None, ...]:
 
 
 def summary(records: Sequence[Record]) -> list[str]:
-    """What each norm costs over Flax's, on average."""
+    """The geometric mean of the time ratios of each norm to Flax Linen."""
     lines = []
     for name in dict.fromkeys(name for record in records for name in record.seconds):
         first = [ratio for record in records if (ratio := first_ratio(record, name))]
@@ -58,17 +59,17 @@ def summary(records: Sequence[Record]) -> list[str]:
         means = {what: geometric_mean(found) for what, found in {"first step": first, **later}.items() if found}
         if means:
             found = ", ".join(f"{what} {mean:.2f}" for what, mean in means.items())
-            lines.append(f"{name}: {found} of Flax Linen's, geometric means")
+            lines.append(f"{name}: {found} times Flax Linen's time (geometric means)")
     return lines
 
 
 def firsts(record: Record) -> dict[str, tuple[float, ...]]:
-    """Of each norm, the first step that took least."""
+    """The times of the shortest first step of each norm."""
     return {name: min(found, key=sum) for name, found in (record.first or {}).items()}
 
 
 def first_ratio(record: Record, name: str) -> float | None:
-    """Its first step over Flax Linen's; None where either was not taken, and for itself."""
+    """Time of the first step divided by Flax Linen's; None if one was not measured, and for Flax Linen itself."""
     found = firsts(record)
     if name == BASE or not {name, BASE} <= found.keys():
         return None

@@ -1,8 +1,7 @@
-"""What people run: the first step and each later step of training, in one program, and gradients of one norm outside
-of jit.
+"""Measure the first and the later steps of training, and gradients of one norm outside jit.
 
-A step is loss, gradients, new statistics and optimizer in one jit. Every norm stands in the same network, compiled from
-the same lines; steps are timed in turn on the same inputs.
+A step computes loss, gradients, new running statistics and the optimizer update in one jitted function. All norms are
+in the same network, built by the same code. The steps are timed in turn on the same inputs.
 """
 
 import functools
@@ -26,14 +25,14 @@ from jbn.bench.run import Record
 from jbn.bench.timing import LONGEST, measure
 
 FIRST_STEPS = 3
-"""Of which the least counts, since they can only be disturbed; slow ones are taken once."""
+"""Repetitions of the first step; slow networks have fewer. The report uses the shortest: other work only adds time."""
 PEERS = ("jbn", "linen", "nnx", "torch-last")
 SMALL = (2, 1)
-"""Blocks of the small ResNet: with both kinds of shortcut."""
+"""Blocks per stage of the small ResNet, with both kinds of shortcut."""
 
 
 class Step(NamedTuple):
-    """A training step of a network on a batch of a shape."""
+    """A training step of a network on batches of one shape."""
 
     name: str
     network: Callable[[Norm], Any]
@@ -42,17 +41,17 @@ class Step(NamedTuple):
 
     @property
     def label(self) -> str:
-        """How the report calls it."""
+        """Its name in the report."""
         return f"{self.name} {'x'.join(map(str, self.shape))} {self.dtype}"
 
     @property
     def masked(self) -> bool:
-        """Whether its examples differ in length."""
+        """Whether the examples are sequences of different lengths, with a mask."""
         return len(self.shape) == 3
 
 
 def all_cases(on_cpu: bool) -> list[Any]:
-    """Those of a whole run; small ones for a CPU."""
+    """All cases; on a CPU with smaller networks and batches."""
     if on_cpu:
         found = [_resnet50((4, 64, 64, 3), "float32"), _small_resnet("bfloat16"), _mlp(1024, "float32")]
         sequences = (32, 128, 64)
@@ -64,7 +63,7 @@ def all_cases(on_cpu: bool) -> list[Any]:
 
 
 def quick_cases() -> list[Any]:
-    """A few small ones, for a first look."""
+    """A few small cases for a first impression."""
     return [
         _mlp(256, "float32"),
         _small_resnet("float32"),
@@ -74,12 +73,12 @@ def quick_cases() -> list[Any]:
 
 
 def work(steps: Sequence[Any]) -> int:
-    """How often `run` ticks."""
+    """The number of calls of `tick` in `run`."""
     return sum(1 + (1 + len(NORMS) * FIRST_STEPS) * isinstance(step, Step) for step in steps)
 
 
 def run(steps: Sequence[Any], peers: Collection[str], rounds: int, tick: Callable[[str], Any]) -> Iterator[Record]:
-    """The records, one by one; what is done next is told to `tick`."""
+    """Yield the records one by one; call `tick` with the label of the next measurement."""
     for step in steps:
         if isinstance(step, Eager):
             tick(step.label)
@@ -102,16 +101,16 @@ def run(steps: Sequence[Any], peers: Collection[str], rounds: int, tick: Callabl
 def first_steps(
     step: Step, names: Sequence[str], batch: Sequence[jax.Array], tick: Callable[[str], Any]
 ) -> tuple[dict[str, list[tuple[float, ...]]], dict[str, Any], tuple[Any, ...]]:
-    """Seconds to trace, to lower and to compile, each time as if nothing had been traced before; and what they give.
+    """Measure seconds to trace, to lower and to compile a step with empty caches, for each norm.
 
-    That is the compiled programs, with the parameters, statistics and memory of the optimizer to begin with: jbn's
-    variables are those of Flax.
+    Also returns the compiled programs, and the initial parameters, statistics and optimizer state. All norms share
+    them, because jbn has the same variables as Flax.
     """
     seconds: dict[str, list[tuple[float, ...]]] = {name: [] for name in names}
     compiled = {}
     variables = jax.jit(step.network(NORMS["linen"]).init)(jax.random.key(0), *batch)
     held = variables["params"], variables["batch_stats"], _descent().init(variables["params"])
-    # Not counted: on a GPU, XLA tries its kernels for the convolutions here, and remembers which are fast.
+    # A warm-up that is not counted: on a GPU, XLA tunes the kernels of the convolutions here and caches the result.
     tick(f"{step.label}, warm-up")
     _first_step(step.network(NORMS["linen"]), held, batch)
     start = time.perf_counter()
@@ -124,7 +123,7 @@ def first_steps(
 
 
 def _first_step(network: Any, held: Sequence[Any], batch: Sequence[jax.Array]) -> tuple[tuple[float, ...], Any]:
-    """Seconds to trace, to lower and to compile a step of the network, and the compiled program."""
+    """Seconds to trace, to lower and to compile a training step, and the compiled program."""
     jax.clear_caches()
     times = [time.perf_counter()]
     traced = jax.jit(training_step(network, _descent())).trace(*held, *batch)
@@ -137,7 +136,7 @@ def _first_step(network: Any, held: Sequence[Any], batch: Sequence[jax.Array]) -
 
 
 def training_step(network: Any, descent: optax.GradientTransformation) -> Callable[..., Any]:
-    """(parameters, statistics, memory, *batch) -> the same three anew, and the loss"""
+    """Build the step: (parameters, statistics, optimizer state, *batch) -> the same three, updated, and the loss."""
 
     def loss(params: Any, statistics: Any, batch: Any) -> Any:
         variables = {"params": params, "batch_stats": statistics}
@@ -153,12 +152,12 @@ def training_step(network: Any, descent: optax.GradientTransformation) -> Callab
 
 
 def _descent() -> optax.GradientTransformation:
-    """At a rate that no step had before, or JAX's cache of compiled programs on disk might have this one."""
+    """An optimizer with a random learning rate, so that no program in JAX's cache on disk can match."""
     return optax.sgd(0.1 * (1 + 1e-3 * np.random.default_rng().random()), momentum=0.9)
 
 
 def _batch(step: Step, seed: int) -> list[jax.Array]:
-    """Normal data; and for sequences their mask, by lengths between a half and all."""
+    """Normal data; for sequences also a mask, with lengths between half and all of the time steps."""
     rng = np.random.default_rng(seed)
     x = jnp.asarray(rng.standard_normal(step.shape, np.float32) + 1, step.dtype)
     if not step.masked:

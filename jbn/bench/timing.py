@@ -1,4 +1,4 @@
-"""Times of programs, taken in turn, so that what else the machine does meets all of them alike."""
+"""Time programs in turn, so that other work on the machine slows all of them equally."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -9,14 +9,14 @@ import numpy as np
 from jbn.bench.programs import Program
 
 SHORTEST = 5e-3
-"""Seconds that a sample lasts at least; shorter programs run several times in it."""
+"""Minimum duration of a sample in seconds; shorter programs run several times per sample."""
 
 LONGEST, FEWEST = 15, 5
-"""Seconds after which no further round begins, and the rounds that there are at least."""
+"""Seconds after which no new round starts, and the minimum number of rounds."""
 
 
 class Spread(NamedTuple):
-    """The middle of a sample and its quartiles."""
+    """Median and quartiles of a sample."""
 
     median: float
     low: float
@@ -24,12 +24,10 @@ class Spread(NamedTuple):
 
 
 def measure(programs: Mapping[str, Program], rounds: int) -> dict[str, list[float]]:
-    """Seconds a run of each program, a number for each round, in an order that chance gives to each round.
+    """Seconds per run of each program, one number for each round. Each round has a random order of the programs.
 
-    Slow programs get fewer rounds than that.
-
-    A run that is not timed comes before each sample: how a program finds the memory that another one left would else
-    be part of its time.
+    Slow programs get fewer than `rounds` rounds. A run that is not timed comes before each sample. Without it, the time
+    of a program would depend on the caches and buffers that the program before it left.
     """
     names = list(programs)
     repeats = {name: _repeats(programs[name]) for name in names}
@@ -46,25 +44,25 @@ def measure(programs: Mapping[str, Program], rounds: int) -> dict[str, list[floa
 
 
 def spread(sample: Sequence[float]) -> Spread:
-    """Median and quartiles."""
+    """Compute median and quartiles."""
     low, median, high = np.quantile(sample, [0.25, 0.5, 0.75])
     return Spread(float(median), float(low), float(high))
 
 
 def ratios(theirs: Sequence[float], ours: Sequence[float]) -> Spread:
-    """Their time over ours, pair by pair of the same round: above 1 they are slower."""
+    """Ratios of their time to ours, round by round. Above 1, they are slower."""
     return spread([one / other for one, other in zip(theirs, ours, strict=True)])
 
 
 def _repeats(program: Program) -> int:
-    """Runs that last long enough together, after two for warm-up."""
+    """The number of runs that together last SHORTEST seconds; two warm-up runs come first."""
     for number in range(2):
         _timed(program, 1, number)
     return int(np.clip(np.ceil(SHORTEST / _timed(program, 1, 0)), 1, 100))
 
 
 def _timed(program: Program, repeats: int, number: int) -> float:
-    """Seconds a run; all are started before the last is waited for, as a training loop does."""
+    """Seconds per run. All runs start before the wait for the results, as in a training loop."""
     arguments = [program.prepare(number + run) for run in range(repeats)]
     program.wait(arguments)
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The same programs in PyTorch, eager, where its own kernels run."""
+"""The same programs in eager PyTorch, with its own kernels."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from jbn.bench.programs import Program
 
 
 def layer_program(case: Case, mode: str, given: list[Batch], channels_last: bool) -> Program:
-    """A mode of a case; a masked case has no counterpart."""
+    """One mode of a case. PyTorch has no masked batch norm."""
     import torch
 
     layer = norm(case.shape[-1], len(case.shape)).train(mode != "inference")
@@ -42,7 +42,7 @@ def layer_program(case: Case, mode: str, given: list[Batch], channels_last: bool
 
 
 def chain_program(chain: Chain) -> Program:
-    """Gradient of a chain of layers."""
+    """The gradient of a chain of layers."""
     import torch
 
     dtype = getattr(torch, chain.dtype)
@@ -62,7 +62,7 @@ def chain_program(chain: Chain) -> Program:
 
 
 def in_numpy(result: Any) -> Any:
-    """Tensors as float64 arrays with channels last."""
+    """Convert tensors to float64 arrays with channels last."""
     import torch
 
     def converted(leaf: Any) -> Any:
@@ -73,14 +73,14 @@ def in_numpy(result: Any) -> Any:
 
 
 def description() -> str:
-    """Where PyTorch runs."""
+    """Version, device and number of threads of PyTorch."""
     import torch
 
     return f"torch {torch.__version__} on {device().type}, {torch.get_num_threads()} threads"
 
 
 def norm(features: int, rank: int) -> Any:
-    """PyTorch's batch norm for input of this rank."""
+    """The batch norm module of PyTorch for input of this rank."""
     import torch
 
     kinds = {2: torch.nn.BatchNorm1d, 3: torch.nn.BatchNorm1d, 4: torch.nn.BatchNorm2d}
@@ -88,7 +88,7 @@ def norm(features: int, rank: int) -> Any:
 
 
 def device() -> Any:
-    """A GPU where JAX uses one too."""
+    """The device of PyTorch: a GPU if JAX also uses one."""
     import torch
 
     on_gpu = jax.default_backend() == "gpu" and torch.cuda.is_available()
@@ -96,14 +96,14 @@ def device() -> Any:
 
 
 def _tensor(array: np.ndarray) -> Any:
-    """A tensor of the array's dtype; NumPy's bfloat16 goes by float32, which holds it exactly."""
+    """A tensor of the dtype of the array; bfloat16 is converted through float32, which is exact."""
     import torch
 
     return torch.tensor(array.astype(np.float32)).to(device(), getattr(torch, array.dtype.name))
 
 
 def placed(array: np.ndarray, channels_last: bool) -> Any:
-    """As PyTorch orders axes, channels second, and laid out in memory as asked."""
+    """A tensor with channels as the second axis, stored in memory with channels last or first."""
     import torch
 
     tensor = torch.movedim(_tensor(array), -1, 1)
@@ -113,7 +113,7 @@ def placed(array: np.ndarray, channels_last: bool) -> Any:
 
 
 def wait(result: Any) -> None:
-    """Until a GPU has done all that it was given."""
+    """Wait until the GPU has finished all work."""
     if device().type == "cuda":
         import torch
 

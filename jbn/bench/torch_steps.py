@@ -1,4 +1,4 @@
-"""The same training steps, and gradients of one norm, in PyTorch: eager, with channels last; bfloat16 by autocast."""
+"""The same training steps and gradients of one norm in eager PyTorch, with channels last and autocast to bfloat16."""
 
 import functools
 from typing import Any
@@ -13,7 +13,7 @@ from jbn.bench.torch_programs import device, norm, placed, wait
 
 
 def step_program(network: networks.MLP | networks.ResNet, inputs: list[jax.Array]) -> Program:
-    """Loss, gradients, statistics and optimizer, for the network that is written in Flax."""
+    """A training step for the PyTorch counterpart of a Flax network: loss, gradients, statistics and optimizer."""
     import torch
 
     made = network_of(network, inputs[0].shape[-1]).to(device(), memory_format=torch.channels_last)
@@ -34,7 +34,7 @@ def step_program(network: networks.MLP | networks.ResNet, inputs: list[jax.Array
 
 
 def eager_program(argnums: tuple[int, ...], inputs: list[jax.Array]) -> Program:
-    """A value, and gradients in the parameters, or in these and x."""
+    """Value and gradients with respect to the parameters, or to the parameters and x."""
     import torch
 
     layer = norm(inputs[0].shape[-1], 2)
@@ -49,7 +49,7 @@ def eager_program(argnums: tuple[int, ...], inputs: list[jax.Array]) -> Program:
 
 
 def network_of(network: networks.MLP | networks.ResNet, inputs: int) -> Any:
-    """PyTorch's module with the layers of Flax's."""
+    """The PyTorch module with the same layers as a Flax network."""
     return _mlp(network, inputs) if isinstance(network, networks.MLP) else _resnet(network)
 
 
@@ -86,7 +86,7 @@ def _block(inputs: int, width: int, stride: int) -> Any:
 
 @functools.cache
 def _join() -> Any:
-    """A class, made where torch is there."""
+    """The class that joins residual and shortcut; defined here because torch may not be installed."""
     from torch import nn
 
     class Join(nn.Module):

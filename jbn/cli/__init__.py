@@ -1,1 +1,1 @@
-"""The commands of `jbn`, a file each: its options, and what it does with them."""
+"""The commands of `jbn`. Each command has a file with its options and the code that runs it."""

@@ -1,6 +1,5 @@
-"""`jbn inspect`: the health of the statistics in a checkpoint, or in a file of weights."""
+"""`jbn inspect`: check the running statistics in a checkpoint or a file of weights."""
 
-import argparse
 import logging
 from pathlib import Path
 from typing import Any
@@ -11,29 +10,29 @@ from jbn.demo.options import OptionError
 
 
 def add_parser(commands: Any) -> None:
-    """The options of `jbn inspect`."""
-    parser = commands.add_parser(
-        "inspect",
-        help="the health of the statistics in a checkpoint or a file of weights, a norm a line; exit status 1 when "
-        "something is wrong",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    """Add the options of `jbn inspect`."""
+    purpose = (
+        "check the running statistics in a checkpoint or a file of weights, and print one line per norm; "
+        "the exit status is 1 if a norm is faulty"
     )
+    parser = commands.add_parser("inspect", help=purpose, description=purpose)
     endings = ", ".join(weight_files.READERS)
-    help = f"folder that orbax wrote, file with the bytes of flax.serialization, or file of weights: {endings}"
-    parser.add_argument("checkpoint", help=help)
-    parser.add_argument("--population", help="checkpoint with calibrated statistics, to compare with")
-    parser.add_argument("--epsilon", type=float, default=1e-5, help="that of the norms; no more variance is dead")
-    parser.add_argument("--momentum", type=float, help="that of the norms, to find averages that are still the start")
-    parser.add_argument(
-        "--far", type=float, default=0.5, help="error, in standard deviations, that is far from the population"
-    )
-    picture = "draw the standard deviation of each channel, or its error against the population, into this file"
+    checkpoint = f"orbax folder, file written with flax.serialization.to_bytes, or file of weights ({endings})"
+    parser.add_argument("checkpoint", help=checkpoint)
+    parser.add_argument("--population", help="checkpoint with calibrated statistics to compare with")
+    epsilon = "epsilon of the norms; channels with a variance of at most epsilon are dead (default: %(default)s)"
+    parser.add_argument("--epsilon", type=float, default=1e-5, help=epsilon)
+    momentum = "momentum of the norms; norms whose initial values still have a weight above 1%% are stale"
+    parser.add_argument("--momentum", type=float, help=momentum)
+    far = "channels with a larger error than this, in standard deviations, are far from the population"
+    parser.add_argument("--far", type=float, default=0.5, help=f"{far} (default: %(default)s)")
+    picture = "draw the standard deviation of each channel, or its error if --population is given, to this file"
     parser.add_argument("--plot", metavar="FILE", help=picture)
     parser.set_defaults(run=run)
 
 
 def run(given: dict[str, Any]) -> int:
-    """Print a line a norm; 1 when something is wrong with one of them."""
+    """Print one line per norm; return 1 if a norm is faulty."""
     path, tree = _read("checkpoint", given["checkpoint"])
     population = None if given["population"] is None else _read("--population", given["population"])[1]
     try:
@@ -46,14 +45,14 @@ def run(given: dict[str, Any]) -> int:
     print(f"{path}\n")
     print(table.text(rows=len(table.rows)))
     listed = ", ".join(row[0] or "the norm" for row in faulty)
-    print(f"\n{len(faulty)} of {len(table.rows)} norms are faulty: {listed}" if faulty else "\nnothing is wrong")
+    print(f"\n{len(faulty)} of {len(table.rows)} norms are faulty: {listed}" if faulty else "\nno norm is faulty")
     if given["plot"] is not None:
         print("wrote", _draw(Path(given["plot"]), tree, population, given["epsilon"]))
     return 1 if faulty else 0
 
 
 def _draw(path: Path, tree: Any, population: Any, epsilon: float) -> Path:
-    """The picture, as wide as its norms need."""
+    """Draw the picture; its width grows with the number of norms."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -67,14 +66,14 @@ def _draw(path: Path, tree: Any, population: Any, epsilon: float) -> Path:
     else:
         plot.running_against_population(tree, population, epsilon=epsilon, ax=ax)
     try:
-        figure.savefig(path)
+        figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
-        raise OptionError(f"--plot is {path}, where no picture can be written: {error}.") from None
+        raise OptionError(f"--plot is {path}, but no picture can be written there: {error}.") from None
     return path
 
 
 def _read(name: str, text: str) -> tuple[Path, Any]:
-    """The checkpoint, or the one that it holds, or the file of weights; and its tree."""
+    """The path and the tree of a checkpoint, of the latest checkpoint in a folder, or of a file of weights."""
     if (path := Path(text)).is_file() and weight_files.reads(path):
         try:
             return path, weight_files.statistics(path)
@@ -82,7 +81,7 @@ def _read(name: str, text: str) -> tuple[Path, Any]:
             raise OptionError(f"{name} is {text}: {error}") from None
     from jbn import checkpoint
 
-    # orbax warns of metadata that the items of a CheckpointManager do not have.
+    # orbax logs a warning about missing metadata for the items of a CheckpointManager.
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         path = checkpoint.latest(text)

@@ -11,7 +11,7 @@ from jbn.demo.options import OptionError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `jbn`; 0 when all went well, 1 when something is wrong with what was found, 2 with what was asked for."""
+    """Run `jbn`. Return exit status 0 for success, 1 when the command finds a fault, 2 for a bad option."""
     parser = argparse.ArgumentParser(prog="jbn", description="Batch normalization for JAX.")
     parser.add_argument("--version", action="version", version=f"jbn {jbn.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -25,12 +25,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "jbn").startswith("jbn"):
             raise
-        parser.exit(1, f"jbn {name} needs {error.name}, which is not installed: pip install 'jbn[demo]'\n")
+        parser.exit(1, f"jbn {name} needs {error.name}, which is not installed. Run: pip install 'jbn[demo]'\n")
     except KeyboardInterrupt:
-        resume = "; --resume goes on from the last checkpoint, if there is one" if name == "train" else ""
+        resume = "; --resume continues from the last checkpoint, if there is one" if name == "train" else ""
         parser.exit(130, f"\njbn {name}: interrupted{resume}\n")
     except BrokenPipeError:
-        # Python flushes what is left at its end, and would fail once more.
+        # Python flushes the rest of stdout when it exits, and would raise again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OptionError as error:

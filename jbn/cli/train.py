@@ -1,6 +1,5 @@
-"""`jbn train`: train a small network on handwritten digits, and see what its running statistics do."""
+"""`jbn train`: train a small network on handwritten digits and show how its running statistics change."""
 
-import argparse
 import contextlib
 import math
 import os
@@ -22,30 +21,27 @@ LINES = 10
 
 
 def add_parser(commands: Any) -> None:
-    """The options of `jbn train`."""
-    train = commands.add_parser(
-        "train",
-        help="train a small network on handwritten digits, and see what its running statistics do",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    """Add the options of `jbn train`."""
+    purpose = "train a small network on handwritten digits and show how its running statistics change"
+    train = commands.add_parser("train", help=purpose, description=purpose)
     explained = {
-        "momentum": "share of the old running statistics kept at a step: a number, warmup:NUMBER, debiased:NUMBER "
-        "or cumulative",
-        "running_var": "the variance that is averaged: biased, unbiased or total",
-        "batch_size": "examples in a step, over all devices",
-        "steps": "optimizer steps",
-        "learning_rate": "AdamW's learning rate at the start; it falls to 0 along a cosine",
-        "seed": "fixes weights and batches, every bit on one machine",
-        "devices": "devices of each process to share the batch and its statistics, all by default; on a CPU as many "
-        "are made",
+        "momentum": "share of the old running statistics kept at each update: a number, warmup:NUMBER, "
+        "debiased:NUMBER or cumulative",
+        "running_var": "variance in the running statistics: biased, unbiased or total",
+        "batch_size": "examples per step, over all devices",
+        "steps": "number of optimizer steps",
+        "learning_rate": "initial learning rate of AdamW; it decays to 0 along a cosine",
+        "seed": "seed of the weights and the batches; on one machine, runs with the same seed are equal bit for bit",
+        "devices": "devices per process that share the batch and its statistics; a CPU is split into this many "
+        "devices (default: all)",
         "out": "folder for the picture, the history and the checkpoints",
-        "checkpoint_every": "steps from one checkpoint to the next; by default there is one, after the last step",
-        "resume": "go on from the last whole checkpoint in --out, with the same options; from the start where there is "
-        "none",
-        "coordinator": "HOST:PORT of process 0, where several processes find each other; auto on a cluster that JAX "
-        "knows, as Slurm and TPU pods",
-        "num_processes": "how many processes take part",
-        "process_id": "which one this is, from 0 on; process 0 prints and writes",
+        "checkpoint_every": "steps between checkpoints (default: one checkpoint, after the last step)",
+        "resume": "continue from the last complete checkpoint in --out, with the same options; if there is none, "
+        "start from step 1",
+        "coordinator": "HOST:PORT of process 0, which connects the processes of a run; or auto on a cluster that JAX "
+        "detects, such as Slurm or a TPU pod",
+        "num_processes": "number of processes",
+        "process_id": "number of this process, counted from 0; only process 0 prints and writes files",
     }
     kinds = get_type_hints(Options)
     for name, default in Options()._asdict().items():
@@ -54,12 +50,13 @@ def add_parser(commands: Any) -> None:
             train.add_argument(flag, action="store_true", help=explained[name])
         else:
             kind = next(kind for kind in (str, int, float) if kind in (kinds[name], *get_args(kinds[name])))
-            train.add_argument(flag, type=kind, default=default, help=explained[name])
+            shown = "" if default is None else " (default: %(default)s)"
+            train.add_argument(flag, type=kind, default=default, help=explained[name] + shown)
     train.set_defaults(run=lambda given: run(Options(**given)))
 
 
 def run(options: Options) -> int:
-    """Check, train, write and tell; of several processes, one writes and tells."""
+    """Check the options, train, write files and print results. Only process 0 writes and prints."""
     check_processes(options)
     _make_cpu_devices(options.devices)
     from jbn.demo import data, history, loop, picture, processes, report
@@ -88,13 +85,13 @@ def run(options: Options) -> int:
 
 
 def _opened(options: Options) -> "CheckpointManager":
-    """The manager of the run's checkpoints, in a folder that was made if need be."""
+    """The manager of the run's checkpoints; makes the folder where it does not exist."""
     from jbn.demo import checkpoints
 
     try:
         Path(options.out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OptionError(f"--out is {options.out}, where no folder can be made: {error.strerror}.") from None
+        raise OptionError(f"--out is {options.out}, but this folder cannot be created: {error.strerror}.") from None
     manager = checkpoints.open_manager(options)
     if options.resume:
         step = manager.latest_step()
@@ -103,11 +100,11 @@ def _opened(options: Options) -> "CheckpointManager":
 
 
 def _ignore(look: "Look") -> None:
-    """What a process does that does not write."""
+    """The callback of a process that does not write."""
 
 
 def _make_cpu_devices(devices: int | None) -> None:
-    """Let a CPU stand for several devices, which JAX allows until it is first used."""
+    """Split a CPU into several devices; JAX allows this only before its first use."""
     if (
         devices is not None
         and devices > 0
@@ -119,7 +116,7 @@ def _make_cpu_devices(devices: int | None) -> None:
 
 @contextlib.contextmanager
 def _progress(steps: int) -> Iterator[Callable[["Look"], None]]:
-    """A bar on a terminal, plain lines elsewhere."""
+    """Show a progress bar on a terminal, and print lines elsewhere."""
     if sys.stderr.isatty():
         from tqdm import tqdm
 
@@ -144,6 +141,6 @@ def _progress(steps: int) -> Iterator[Callable[["Look"], None]]:
 
 def _described(look: "Look") -> str:
     return (
-        f"loss {look.loss:.4f}  train {look.train_accuracy:.1%}  "
-        f"held out {look.held_out_running:.1%} (batch statistics {look.held_out_batch:.1%})"
+        f"loss {look.loss:.4f}  accuracy: train {look.train_accuracy:.1%}, "
+        f"held out {look.held_out_running:.1%} ({look.held_out_batch:.1%} with batch statistics)"
     )

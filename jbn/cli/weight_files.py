@@ -1,4 +1,4 @@
-"""Files of weights, of NumPy, safetensors, PyTorch and Keras: the statistics in them, by the path of their norm."""
+"""Read the running statistics in files of weights that NumPy, safetensors, PyTorch or Keras wrote."""
 
 import re
 import zipfile
@@ -17,45 +17,45 @@ NAMES = [
     {name: field for name, field in ((names.mean, "mean"), (names.var, "var"), (names.counter, "count")) if name}
     for names in (TORCH, KERAS, FLAX)
 ]
-"""What PyTorch, Keras and Flax call the statistics of a norm."""
+"""Names of the statistics of a norm in PyTorch, Keras and Flax."""
 PLACES = re.compile(r"(.*?)/?vars/(\d+)$")
-"""Keras' `.weights.h5` numbers the variables of a layer: gamma, beta, moving mean and moving variance."""
+"""Keras numbers the variables of a layer in `.weights.h5`: gamma, beta, moving mean and moving variance."""
 Arrays = dict[str, Any]
 
 
 def reads(path: Path) -> bool:
-    """Whether a file of this name is one of weights."""
+    """Whether the suffix of the name is that of a file of weights."""
     return path.suffix.lower() in READERS
 
 
 def statistics(path: Path) -> dict[str, dict[str, Any]]:
-    """Mean, variance and count of each norm in a file, by the path of the norm.
+    """Read mean, variance and count of each norm in a file into a dict from the path of the norm.
 
     Raises:
-        ModuleNotFoundError: a package that reads such files is not installed.
-        ValueError: the file is broken, or has something else in it.
+        ModuleNotFoundError: the package that reads this file type is not installed.
+        ValueError: the file is damaged, or holds no norm.
     """
     read = READERS[path.suffix.lower()]
     try:
         arrays = read(path)
     except ModuleNotFoundError:
         raise
-    except Exception as error:  # each library has errors of its own for what it cannot read
+    except Exception as error:  # each library raises errors of its own for a damaged file
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ValueError(f"it is no whole {path.suffix} file of arrays ({type(error).__name__}: {reason})") from None
+        raise ValueError(f"it is not a complete {path.suffix} file ({type(error).__name__}: {reason})") from None
     norms: dict[str, dict[str, Any]] = {}
     for name, array in _by_name(arrays).items():
         node, _, field = name.rpartition("/")
         norms.setdefault(node, {})[field] = array
     if not any({"mean", "var"} <= norm.keys() for norm in norms.values()):
-        half = f", and only a part of {', '.join(norms)}" if norms else ""
+        half = f", only some statistics of {', '.join(norms)}" if norms else ""
         looked_for = " or ".join(f"{', '.join(names)}" for names in NAMES)
-        raise ValueError(f"it has no norm{half}: expected arrays by the names {looked_for}")
+        raise ValueError(f"it has no complete norm{half}: expected arrays named {looked_for}")
     return norms
 
 
 def _by_name(arrays: Arrays) -> Arrays:
-    """The statistics among the arrays, as norm/mean, norm/var and norm/count."""
+    """Select the statistics among the arrays, and name them norm/mean, norm/var and norm/count."""
     found: Arrays = {}
     layers: dict[str, dict[int, Any]] = {}
     for path, array in arrays.items():
@@ -80,18 +80,18 @@ def _by_name(arrays: Arrays) -> Arrays:
 
 def _add(found: Arrays, path: str, array: Any) -> None:
     if path in found:
-        raise ValueError(f"it has two norms at {path.rpartition('/')[0] or 'the root'}, by names of two libraries")
+        raise ValueError(f"it has two norms at {path.rpartition('/')[0] or 'the root'}, with names of two libraries")
     found[path] = array
 
 
 def _is_wanted(path: str) -> bool:
-    """Whether it may be a statistic; other arrays are not even read."""
+    """Whether the name can be that of a statistic; other arrays are not read."""
     name = re.split(r"[/.]", path.removesuffix(":0"))[-1]
     return any(name in names for names in NAMES) or PLACES.fullmatch(path) is not None
 
 
 def _flat(tree: Any, above: str = "") -> Arrays:
-    """The arrays in nested mappings, by their paths."""
+    """A flat dict from paths to the arrays in nested mappings."""
     found: Arrays = {}
     for key, value in tree.items() if isinstance(tree, Mapping) else ():
         path = f"{above}{key}"
@@ -100,7 +100,7 @@ def _flat(tree: Any, above: str = "") -> Arrays:
 
 
 def _read_npz(path: Path) -> Arrays:
-    """Without pickles, which could run code."""
+    """Read without pickle, because a pickle can run code."""
     if not zipfile.is_zipfile(path):
         raise ValueError("not a zip file")
     with np.load(path, allow_pickle=False) as stored:
@@ -112,14 +112,14 @@ def _read_safetensors(path: Path) -> Arrays:
         from safetensors import safe_open
     except ModuleNotFoundError:
         raise _needed("safetensors", path) from None
-    # Not NumPy, which has no bfloat16.
+    # The NumPy framework of safetensors cannot read bfloat16.
     with safe_open(path, framework="flax") as stored:
-        names = [name for name in stored.keys() if _is_wanted(name)]  # noqa: SIM118  it is no mapping
+        names = [name for name in stored.keys() if _is_wanted(name)]  # noqa: SIM118  this is not a mapping
         return {name: stored.get_tensor(name) for name in names}
 
 
 def _read_torch(path: Path) -> Arrays:
-    """Tensors and plain containers alone, so that nothing of the file is run."""
+    """Read only tensors and plain containers, so that no code in the file runs."""
     try:
         import torch
     except ModuleNotFoundError:
@@ -140,7 +140,7 @@ def _read_keras(path: Path) -> Arrays:
 
 
 def _needed(package: str, path: Path) -> ModuleNotFoundError:
-    return ModuleNotFoundError(f"{path.suffix} needs {package}, which is not installed: pip install {package}")
+    return ModuleNotFoundError(f"{path.suffix} files need {package}, which is not installed: pip install {package}")
 
 
 READERS: dict[str, Callable[[Path], Arrays]] = {
@@ -149,4 +149,4 @@ READERS: dict[str, Callable[[Path], Arrays]] = {
     **dict.fromkeys((".pt", ".pth"), _read_torch),
     **dict.fromkeys((".h5", ".hdf5"), _read_keras),
 }
-"""By the ending of a file's name."""
+"""The reader for each suffix of a file name."""

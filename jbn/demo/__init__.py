@@ -1,1 +1,1 @@
-"""What `jbn train` runs: a small residual network on handwritten digits, in plain JAX."""
+"""The training run of `jbn train`: a small residual network on handwritten digits, in plain JAX."""

@@ -1,4 +1,4 @@
-"""Checkpoints of a run on its way, by orbax's CheckpointManager: the last whole one is where a run goes on."""
+"""Save and restore the state of a run with orbax's CheckpointManager. A resumed run starts from the last checkpoint."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,11 +13,11 @@ from jbn.demo.step import Run
 
 KEPT = 2
 DECISIVE = ("momentum", "running_var", "batch_size", "steps", "learning_rate", "seed")
-"""Options that a resumed run cannot change, since the steps that were made depend on them."""
+"""Options that a resumed run cannot change, because the earlier steps depend on them."""
 
 
 class Progress(NamedTuple):
-    """A run after so many steps."""
+    """A run after a number of steps."""
 
     step: int
     run: Run
@@ -25,18 +25,21 @@ class Progress(NamedTuple):
 
 
 def folder_in(out: Path) -> Path:
-    """Where the checkpoints of a run are, a folder a step."""
+    """The folder with the checkpoints of a run; it has one folder per saved step."""
     return out.resolve() / "checkpoints"
 
 
 def open_manager(options: Options) -> ocp.CheckpointManager:
-    """The manager of the run's checkpoints, for one process alone, since each holds all that is saved.
+    """The manager of the run's checkpoints. It belongs to one process, because every process holds all saved arrays.
 
-    Refuses what jbn train did not write, an unfinished run unless it is resumed, and to resume with other options.
+    Raises OptionError for a folder that `jbn train` did not write, for an unfinished run without --resume, and for
+    --resume with other options.
     """
     folder = folder_in(Path(options.out))
     if folder.exists() and not _is_ours(folder):
-        raise OptionError(f"--out is {options.out}, and {folder} holds what is no checkpoint: name another folder.")
+        raise OptionError(
+            f"--out is {options.out}, but {folder} holds files that are not checkpoints. Choose another folder."
+        )
     folder.mkdir(exist_ok=True)
     alone = ocp.options.MultiprocessingOptions(primary_host=jax.process_index(), active_processes={jax.process_index()})
     manager = ocp.CheckpointManager(
@@ -57,8 +60,8 @@ def open_manager(options: Options) -> ocp.CheckpointManager:
 
 
 def save(manager: ocp.CheckpointManager, progress: Progress, options: Options) -> None:
-    """Write in the background; a checkpoint has another name until it is whole."""
-    # Copies, since NumPy would look into buffers that the next step takes over.
+    """Write a checkpoint in the background; it has a temporary name until it is complete."""
+    # Copies, because NumPy arrays would share buffers that the next step overwrites.
     run = jax.tree.map(lambda array: np.array(array), progress.run._asdict())
     record = {"options": options._asdict(), "record": progress.record}
     items = ocp.args.Composite(run=ocp.args.StandardSave(run), record=ocp.args.JsonSave(record))
@@ -66,7 +69,7 @@ def save(manager: ocp.CheckpointManager, progress: Progress, options: Options) -
 
 
 def restore(manager: ocp.CheckpointManager, fresh: Progress) -> Progress:
-    """The last whole checkpoint; the fresh run where there is none."""
+    """The last complete checkpoint, or the fresh run if there is none."""
     step = manager.latest_step()
     if step is None:
         return fresh
@@ -76,33 +79,33 @@ def restore(manager: ocp.CheckpointManager, fresh: Progress) -> Progress:
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether there are only folders of steps, whole or in the making."""
+    """Whether the folder holds only folders of steps, complete or still being written."""
     return folder.is_dir() and all(path.name.split(".")[0].isdigit() for path in folder.iterdir())
 
 
 def _read(manager: ocp.CheckpointManager, step: int, **items: Any) -> Any:
-    """Items of a checkpoint; a damaged one is named, for orbax and its stores raise many kinds of errors."""
+    """Read items of a checkpoint. Orbax raises many kinds of errors for damaged files; they become one OptionError."""
     try:
         return manager.restore(step, args=ocp.args.Composite(**items))
     except (KeyError, ValueError, OSError) as error:
         raise OptionError(
-            f"--out has a damaged checkpoint, {manager.directory / str(step)} ({type(error).__name__}): delete that "
-            "folder, and --resume goes on from the one before it."
+            f"--out has a damaged checkpoint, {manager.directory / str(step)} ({type(error).__name__}). Delete this "
+            "folder; --resume then continues from the checkpoint before it."
         ) from None
 
 
 def _check_earlier_run(options: Options, step: int, earlier: dict[str, Any]) -> None:
-    """An unfinished run is resumed as it was begun; only a finished one is replaced."""
+    """Require --resume for an unfinished run, and the same options for --resume. A finished run is replaced."""
     if not options.resume:
         if step < earlier["steps"]:
             raise OptionError(
-                f"--out is {options.out}, which holds a run of {earlier['steps']} steps that ended after step {step}: "
-                "give --resume to go on with it, or another folder."
+                f"--out is {options.out}, which holds a run of {earlier['steps']} steps that ended after step {step}. "
+                "Continue it with --resume, or choose another folder."
             )
         return
     for name in DECISIVE:
         if getattr(options, name) != earlier[name]:
             raise OptionError(
-                f"--{name.replace('_', '-')} is {getattr(options, name)}, but the run in {options.out} was begun with "
-                f"{earlier[name]}: --resume needs the same."
+                f"--{name.replace('_', '-')} is {getattr(options, name)}, but the run in {options.out} started with "
+                f"{earlier[name]}: --resume needs the same value."
             )

@@ -1,4 +1,4 @@
-"""Scikit-learn's handwritten digits: 1797 real images of 8 x 8 pixels, shipped with the package."""
+"""The handwritten digits of scikit-learn: 1797 real images of 8 x 8 pixels, which the package contains."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -19,14 +19,14 @@ class Examples(NamedTuple):
 
 
 class Digits(NamedTuple):
-    """The training set and the held-out fifth, the same for every seed."""
+    """The training set and the held-out set (20% of the images). The split is the same for every seed."""
 
     train: Examples
     held_out: Examples
 
 
 def load() -> Digits:
-    """All digits, split in two with the same share of each label."""
+    """Load all digits and split them; both sets have the same share of each label."""
     pixels, targets = load_digits(return_X_y=True)
     images = np.asarray(pixels, np.float32).reshape(-1, 8, 8, 1) / 16
     labels = np.asarray(targets, np.int32)
@@ -36,9 +36,10 @@ def load() -> Digits:
 
 
 def batches(examples: Examples, size: int, seed: int, share: tuple[int, int] = (0, 1)) -> Iterator[Examples]:
-    """Batches without end, an example once an epoch, in an order fixed by the seed; a short last batch is left out.
+    """Yield batches without end, in an order that the seed determines.
 
-    `share` is (which, of how many): the part of each batch of `size` examples that one process loads.
+    Each epoch visits each example at most once: it drops a last batch that is too short. `share` is (index, number of
+    parts): the part of each batch of `size` examples that this process loads.
     """
     which, parts = share
     rng = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""What is recorded of a run: every step and look, written as JSON that says how it was made."""
+"""The record of a run: metrics of every step and the looks, written as JSON with options and versions."""
 
 import importlib.metadata
 import json
@@ -18,14 +18,14 @@ PACKAGES = ("jax", "jaxlib", "optax", "numpy", "scikit-learn")
 
 
 class Watched(NamedTuple):
-    """Mean and variance of the watched channels, each a list."""
+    """Mean and variance of the watched channels, one list each."""
 
     mean: list[float]
     var: list[float]
 
 
 class Look(NamedTuple):
-    """What a look at the network after a step finds."""
+    """Metrics and statistics of the network after one step, with the batch of that step."""
 
     step: int
     loss: float
@@ -37,7 +37,7 @@ class Look(NamedTuple):
 
 
 class Record(NamedTuple):
-    """The loss and accuracy of every step so far, and the looks."""
+    """Loss and accuracy of every step so far, and the looks at selected steps."""
 
     loss: list[float]
     train_accuracy: list[float]
@@ -45,14 +45,14 @@ class Record(NamedTuple):
 
 
 def from_lists(values: Sequence[Any]) -> Record:
-    """A record that went through JSON, which knows lists only."""
+    """Restore a record from JSON, which turns tuples into lists."""
     loss, train_accuracy, looks = values
     looks = [Look(*numbers, batch=Watched(*batch), running=Watched(*running)) for *numbers, batch, running in looks]
     return Record(loss, train_accuracy, looks)
 
 
 def write(folder: Path, options: Options, record: Record, population: Watched, calibrated: float | None) -> Path:
-    """Every step and look, with seed, options, versions and devices."""
+    """Write history.json: every step and look, with seed, options, versions and devices."""
     history: dict[str, Any] = {
         "options": options._asdict(),
         "versions": {
@@ -77,7 +77,7 @@ def write(folder: Path, options: Options, record: Record, population: Watched, c
 
 
 def _finite_or_null(value: Any) -> Any:
-    """JSON has no NaN and no infinity."""
+    """Replace NaN and infinity by None, because JSON has neither."""
     if isinstance(value, dict):
         return {key: _finite_or_null(item) for key, item in value.items()}
     if isinstance(value, list):

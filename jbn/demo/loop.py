@@ -1,4 +1,4 @@
-"""The training loop: batches through the compiled step, with a look at accuracies and statistics now and then."""
+"""The training loop: run the compiled step on each batch, and look at accuracies and statistics at some steps."""
 
 import functools
 import itertools
@@ -26,9 +26,10 @@ WATCHED = "stem"
 
 
 class Result(NamedTuple):
-    """A finished run: what was recorded and trained, the calibrated statistics, and the held-out accuracy with them.
+    """A finished run: its record, the trained network, the calibrated statistics and the accuracy with them.
 
-    The population is that of the watched channels. A network that diverged cannot be calibrated: None.
+    `population` has the population statistics of the watched channels. `calibrated` and `held_out_calibrated` are None
+    if the network diverged, because it cannot be calibrated then.
     """
 
     record: Record
@@ -44,10 +45,10 @@ def train(
     watch: Callable[[Look], None],
     manager: ocp.CheckpointManager | None = None,
 ) -> Result:
-    """Train on as many devices as the options ask for, from the last checkpoint on where there is one.
+    """Train on the devices that the options select, starting from the last checkpoint if there is one.
 
-    The process that writes looks at the network now and then, calls `watch` with what it finds, and has a manager of
-    checkpoints; the others only train.
+    Process 0 looks at the network at some steps, calls `watch` with each look, and saves checkpoints with `manager`.
+    The other processes only train.
     """
     mesh = Mesh(np.array(processes.chosen_devices(options.devices)), (AXIS,))
     everywhere, split = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec(AXIS)))
@@ -81,16 +82,16 @@ def train(
 
 
 def _initialized(seed: int) -> tuple[model.Tree, model.Tree]:
-    """The first parameters and statistics, by one program that runs once.
+    """Initialize parameters and statistics in one compiled program.
 
-    Optimizing a program of random numbers takes a CPU's compiler eight seconds, running it unoptimized no time.
+    The program runs once, so XLA does not optimize it on a CPU: optimizing random number code takes eight seconds.
     """
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     return jax.jit(lambda key: model.init(key), compiler_options=options)(jax.random.key(seed))
 
 
 def _calibrated(run: Run, examples: data.Examples) -> model.Tree | None:
-    """The statistics of the whole training set under the final weights; None where they are not finite."""
+    """Population statistics over the training set with the final parameters; None if they are not finite."""
     images = np.split(np.asarray(examples.images), range(CHUNK, len(examples.labels), CHUNK))
     try:
         return jbn.calibrate(functools.partial(batch_statistics, run.params), run.state, images)
@@ -99,7 +100,7 @@ def _calibrated(run: Run, examples: data.Examples) -> model.Tree | None:
 
 
 def _start(fresh: Run, manager: ocp.CheckpointManager | None) -> Progress:
-    """What the writing process finds in the last checkpoint, in all processes; else a fresh run."""
+    """The last checkpoint that process 0 finds, sent to all processes; a fresh run if there is none."""
     begun = Progress(0, jax.tree.map(np.asarray, fresh), Record([], [], []))
     if manager is not None:
         begun = checkpoints.restore(manager, begun)
@@ -108,7 +109,7 @@ def _start(fresh: Run, manager: ocp.CheckpointManager | None) -> Progress:
 
 
 def _numbered_batches(done: int, options: Options, examples: data.Examples) -> Iterator[tuple[int, data.Examples]]:
-    """This process' share of the batches that are left, with the numbers of their steps."""
+    """Pairs of step number and batch for the remaining steps; a batch is the part that this process loads."""
     share = (jax.process_index(), jax.process_count())
     batches = data.batches(examples, options.batch_size, options.seed, share)
     return zip(range(done + 1, options.steps + 1), itertools.islice(batches, done, None), strict=False)
@@ -119,7 +120,7 @@ def _steps_to_look_after(steps: int) -> set[int]:
 
 
 def _look(number: int, metrics: Metrics, seen: model.Tree, run: Run, digits: data.Digits) -> Look:
-    """The network after a step, and what the batch of that step was like."""
+    """The metrics and running statistics after a step, and the batch statistics of that step."""
     running, batch = (
         float(evaluate(run.params, run.state, digits.held_out, train=mode).accuracy) for mode in (False, True)
     )
@@ -135,14 +136,14 @@ def _look(number: int, metrics: Metrics, seen: model.Tree, run: Run, digits: dat
 
 
 def _write_down(pending: list[Metrics], record: Record) -> None:
-    """Move the metrics of steps from the devices to the record."""
+    """Move the metrics of the pending steps from the devices to the record."""
     record.loss.extend(float(metrics.loss) for metrics in pending)
     record.train_accuracy.extend(float(metrics.accuracy) for metrics in pending)
     pending.clear()
 
 
 def _watched(state: model.Tree) -> Watched:
-    """The watched channels; NaN where the statistics are still unset, because the batch was not finite."""
+    """Statistics of the watched channels; NaN where they are still unset because the batch was not finite."""
     norm = jax.device_get(state[WATCHED])
     known = np.isfinite(norm.var[:CHANNELS])
     return Watched(*(np.where(known, values[:CHANNELS], np.nan).tolist() for values in (norm.mean, norm.var)))

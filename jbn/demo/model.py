@@ -1,4 +1,4 @@
-"""A residual network in plain JAX: nested dicts of parameters and of running statistics, and a function of both."""
+"""A residual network in plain JAX: nested dicts of parameters and running statistics, and a function of both."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,11 +12,11 @@ from jbn.demo.data import Array
 Tree = dict[str, Any]
 CLASSES = 10
 STAGES = {"stage1": (32, 1), "stage2": (64, 2)}
-"""Channels and stride of each residual block; the stem has as many channels as the first."""
+"""Channels and stride of each residual block; the stem has the channels of the first block."""
 
 
 def init(key: jax.Array) -> tuple[Tree, Tree]:
-    """Parameters and running statistics of the whole network."""
+    """Initialize the parameters and running statistics of the network."""
     width = next(iter(STAGES.values()))[0]
     stem_key, dense_key, *block_keys = jax.random.split(key, 2 + len(STAGES))
     params: Tree = {}
@@ -34,10 +34,10 @@ def init(key: jax.Array) -> tuple[Tree, Tree]:
 
 
 def apply(params: Tree, state: Tree, images: Array, train: bool, norm: Callable[..., Any]) -> tuple[Any, Tree]:
-    """Logits of shape (n, 10) and the new running statistics.
+    """Compute logits of shape (n, 10) and the new running statistics.
 
-    `norm` is jbn.batch_norm with its options bound; activations and the joins of the blocks go inside it, so that the
-    backward pass stores only their inputs.
+    `norm` is jbn.batch_norm with its options bound. Activations and shortcuts are arguments of the norm, so that the
+    backward pass stores only the inputs of the norms.
     """
     new_state: Tree = {}
     x, new_state["stem"] = _conv_norm(params["stem"], state["stem"], images, train, norm, activation=jax.nn.relu)

@@ -1,21 +1,28 @@
-"""The picture of a run: loss, accuracies, and the moving average beside what it should follow."""
+"""The picture of a run: loss, accuracies, and running statistics with the batch statistics that they average."""
 
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from jbn import plot
 from jbn.demo.loop import CHANNELS, WATCHED, Result
 from jbn.demo.options import Options
 
 FEW = 12
+BLUE, VERMILLION, SKY_BLUE = "#0072B2", "#D55E00", "#56B4E9"
+"""Colors of Okabe and Ito, which color-blind readers can tell apart."""
 
 
 def draw(folder: Path, options: Options, result: Result) -> Path:
-    """Loss and accuracies by step above, running mean and variance of some channels, and all layers below."""
+    """Draw loss and accuracies by step, running mean and variance of some channels, and the error of all channels."""
+    last = result.record.looks[-1]
     figure = Figure(figsize=(12, 12), layout="constrained")
-    figure.suptitle(f"jbn train: momentum {options.momentum}, {options.steps} steps of {options.batch_size} examples")
+    figure.suptitle(
+        f"Held-out accuracy: {last.held_out_running:.1%} with running statistics, {last.held_out_batch:.1%} with batch "
+        f"statistics\njbn train, momentum {options.momentum}, {options.steps} steps of {options.batch_size} examples"
+    )
     grid = figure.add_gridspec(4, CHANNELS)
     _draw_loss(figure.add_subplot(grid[0, 0]), result)
     _draw_accuracies(figure.add_subplot(grid[0, 1:]), result)
@@ -24,17 +31,17 @@ def draw(folder: Path, options: Options, result: Result) -> Path:
             _draw_statistic(figure.add_subplot(grid[row, channel]), result, statistic, channel)
     _draw_layers(figure.add_subplot(grid[3, :]), result)
     path = folder / "picture.png"
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=150)
     return path
 
 
 def _style(result: Result) -> str:
-    """Lines, with a mark at each look while they are few enough to be told apart."""
+    """The line style: with a marker at each look if there are few looks."""
     return "o-" if len(result.record.looks) <= FEW else "-"
 
 
 def _draw_loss(axes: Any, result: Result) -> None:
-    axes.plot(range(1, len(result.record.loss) + 1), result.record.loss, _style(result), color="C0")
+    axes.plot(range(1, len(result.record.loss) + 1), result.record.loss, _style(result), color=BLUE)
     axes.set(title="training loss", xlabel="step", ylabel="cross-entropy (nats)", yscale="log")
 
 
@@ -44,14 +51,19 @@ def _draw_accuracies(axes: Any, result: Result) -> None:
         range(1, len(result.record.train_accuracy) + 1),
         result.record.train_accuracy,
         _style(result),
-        color="C0",
-        alpha=0.35,
-        label="training batch, its own statistics",
+        color=SKY_BLUE,
+        label="training batch, batch statistics",
     )
-    for field, color, label in (("batch", "C2", "its own statistics"), ("running", "C3", "running statistics")):
+    for field, color, label in (("batch", BLUE, "batch statistics"), ("running", VERMILLION, "running statistics")):
         accuracies = [getattr(look, f"held_out_{field}") for look in result.record.looks]
         axes.plot(steps, accuracies, _style(result), color=color, label=f"held out, {label}")
-    axes.set(title="accuracy", xlabel="step", ylabel="share correct", ylim=(-0.02, 1.02))
+    axes.set(
+        title="accuracy of training batches and of the held-out set",
+        xlabel="step",
+        ylabel="share of correct predictions",
+        ylim=(-0.02, 1.02),
+    )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(loc="center right")
 
 
@@ -63,12 +75,12 @@ def _draw_statistic(axes: Any, result: Result, statistic: str, channel: int) -> 
     population = getattr(result.population, statistic)[channel]
     name = "mean" if statistic == "mean" else "variance"
     plot.moving_average([look.step for look in looks], batch, running, population, statistic=name, ax=axes)
-    axes.set_title(f"{name} of {WATCHED}, channel {channel}")
+    axes.set_title(f"{name} of channel {channel} of {WATCHED}")
 
 
 def _draw_layers(axes: Any, result: Result) -> None:
     if result.calibrated is None:
-        axes.set_title("no calibrated statistics: the network diverged")
+        axes.set_title("no calibrated statistics, because the network diverged")
         return
     plot.running_against_population(result.run.state, result.calibrated, ax=axes)
-    axes.set_title("running against calibrated statistics, a dot a channel")
+    axes.set_title("error of the running statistics of each channel, against calibrated statistics")

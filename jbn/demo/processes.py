@@ -1,4 +1,4 @@
-"""Several processes, each with devices of its own, as one run: joining, the devices of all, the one that writes."""
+"""One run in several processes: connect them, list the devices of all, and send arrays from process 0 to all."""
 
 import itertools
 from collections.abc import Callable
@@ -14,35 +14,37 @@ Prepared = TypeVar("Prepared")
 
 
 def join(options: Options) -> None:
-    """Connect to the other processes, if the run has any; before jax is first used."""
+    """Connect to the other processes, if there are any. Call this before the first use of JAX."""
     if options.coordinator is None:
         return
     address = None if options.coordinator == AUTOMATIC else options.coordinator
     try:
         jax.distributed.initialize(address, options.num_processes, options.process_id)
     except (RuntimeError, ValueError) as error:
-        raise OptionError(f"--coordinator is {options.coordinator}, where no run could be joined: {error}") from None
+        raise OptionError(
+            f"--coordinator is {options.coordinator}, but the processes could not connect: {error}"
+        ) from None
 
 
 def writes() -> bool:
-    """Whether this process is the one that looks, prints and writes."""
+    """Whether this process is process 0, which looks at the network, prints and writes."""
     return jax.process_index() == 0
 
 
 def chosen_devices(devices: int | None) -> list[Any]:
-    """All devices, or so many of each process, those of one process side by side."""
+    """All devices, or the first `devices` of each process; devices of one process are adjacent."""
     ordered = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     grouped = itertools.groupby(ordered, key=lambda device: device.process_index)
     return [device for _, own in grouped for device in itertools.islice(own, devices)]
 
 
 def own_copy(tree: Any) -> Any:
-    """Arrays that all devices hold, as arrays of one device of this process."""
+    """Copies of replicated arrays on one device of this process."""
     return jax.tree.map(lambda array: array.addressable_data(0), tree)
 
 
 def from_writer(tree: Any) -> Any:
-    """The writing process's NumPy arrays, bit for bit, in every process, whose own have the same shapes."""
+    """Send the NumPy arrays of process 0 to all processes, bit for bit. All pass arrays of the same shapes."""
     if jax.process_count() == 1:
         return tree
     sent = multihost_utils.broadcast_one_to_all(jax.tree.map(_bytes_of, tree))
@@ -50,7 +52,7 @@ def from_writer(tree: Any) -> Any:
 
 
 def agreed(prepare: Callable[[], Prepared]) -> Prepared | None:
-    """What the writing process prepares, and None in the others; its refusal ends them all."""
+    """Call `prepare` in process 0 and return its result; None in the others. An OptionError ends all processes."""
     prepared, refusal = None, None
     if writes():
         try:
@@ -59,10 +61,10 @@ def agreed(prepare: Callable[[], Prepared]) -> Prepared | None:
             refusal = error
     refused = from_writer(np.array(refusal is not None))
     if refused:
-        raise refusal or OptionError("process 0 refused to start, and says why.")
+        raise refusal or OptionError("process 0 refused to start; its output says why.")
     return prepared
 
 
 def _bytes_of(array: np.ndarray) -> np.ndarray:
-    """Bytes, since the transport adds zeros, which would turn -0.0 to 0.0."""
+    """The bytes of an array. The transport adds zeros to what it sends, which would change -0.0 to 0.0."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)

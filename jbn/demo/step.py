@@ -1,4 +1,4 @@
-"""The training step over all devices, and the evaluations, each one compiled program."""
+"""The training step over all devices, and the evaluations; each is one compiled program."""
 
 import functools
 from collections.abc import Callable
@@ -18,7 +18,7 @@ AXIS = "devices"
 
 
 class Run(NamedTuple):
-    """All that a step changes: parameters, running statistics, and the optimizer's memory."""
+    """Everything that a step changes: parameters, running statistics and optimizer state."""
 
     params: model.Tree
     state: model.Tree
@@ -36,7 +36,7 @@ Step = Callable[[Run, Examples], tuple[Run, Metrics]]
 
 
 def make_step(mesh: Mesh, optimizer: optax.GradientTransformation, **norm_options: Any) -> Step:
-    """One optimizer step on a batch that is split over the devices of the mesh, with statistics shared over them."""
+    """Build one optimizer step on a batch split over the devices of the mesh, which share batch statistics."""
     norm = functools.partial(jbn.batch_norm, axis_name=AXIS, **norm_options)
 
     def loss(params: model.Tree, state: model.Tree, batch: Examples) -> tuple[jax.Array, Any]:
@@ -58,20 +58,20 @@ def make_step(mesh: Mesh, optimizer: optax.GradientTransformation, **norm_option
 
 @functools.partial(jax.jit, static_argnames="train")
 def evaluate(params: model.Tree, state: model.Tree, examples: Examples, *, train: bool) -> Metrics:
-    """Loss and accuracy with the running statistics, or with those of the examples themselves as one batch."""
+    """Loss and accuracy with running statistics, or if `train`, with the statistics of the examples as one batch."""
     logits, _ = model.apply(params, state, examples.images, train, jbn.batch_norm)
     return _metrics(logits, examples.labels)
 
 
 @functools.partial(jax.jit, static_argnames="axis_name")
 def batch_statistics(params: model.Tree, state: model.Tree, images: Array, axis_name: str | None = None) -> model.Tree:
-    """Each norm's own mean and variance of this one batch: what unset statistics take over whole."""
+    """Mean and variance of this batch in each norm. The state is unset first, so that the batch replaces it."""
     norm = functools.partial(jbn.batch_norm, axis_name=axis_name)
     return model.apply(params, jbn.unset(state), images, True, norm)[1]
 
 
 def make_shared_statistics(mesh: Mesh) -> Callable[[model.Tree, model.Tree, Array], model.Tree]:
-    """`batch_statistics` of a batch that is split over the devices of the mesh."""
+    """Build `batch_statistics` for a batch split over the devices of the mesh."""
     everywhere, split = PartitionSpec(), PartitionSpec(AXIS)
     shared = functools.partial(batch_statistics, axis_name=AXIS)
     return jax.jit(jax.shard_map(shared, mesh=mesh, in_specs=(everywhere, everywhere, split), out_specs=everywhere))

@@ -1,4 +1,4 @@
-"""What the tests of commands share: the devices, a network that compiles soon, and commands run in this process."""
+"""Fixtures of the command tests: devices, a small network that compiles fast, and commands in this process."""
 
 import contextlib
 import io
@@ -18,13 +18,13 @@ from jbn.demo import model
 
 @pytest.fixture(scope="session", autouse=True)
 def devices():
-    """Made before any command runs, which may still ask for another number of them until then."""
+    """Create the devices before any command runs, because a command could still change their number."""
     return jax.devices()
 
 
 @pytest.fixture(scope="module")
 def small():
-    """One narrow block, compiled without optimizations, which would take longer than they save."""
+    """Use one narrow block, compiled without optimizations, which would take longer than they save."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(model, "STAGES", small_network.STAGES)
         jax.config.update("jax_disable_most_optimizations", True)
@@ -33,7 +33,7 @@ def small():
 
 
 class Ended(NamedTuple):
-    """How a command ended, and what it printed."""
+    """Exit status and output of a command."""
 
     status: int
     out: str
@@ -58,16 +58,16 @@ def command():
 
 @pytest.fixture(scope="session")
 def start(tmp_path_factory):
-    """A function that starts Python with one CPU device, for what it prints to be read.
+    """A function that starts a Python process with one CPU device and captures its output.
 
-    They compile without optimizations, which is most of their time.
+    The process compiles without optimizations, because most of its time is compilation.
     """
     environment = {
         **{name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(Path(__file__).parents[1]),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        # Of their own, since a process that is killed may leave half an entry.
+        # A separate cache, because a killed process can leave an incomplete entry.
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
     }
 

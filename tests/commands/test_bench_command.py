@@ -1,4 +1,4 @@
-"""`jbn bench`: what it chooses to measure, prints, writes and refuses."""
+"""`jbn bench`: the cases it measures, what it prints and writes, and the options it rejects."""
 
 import functools
 import json
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.standard_promotion
 
 @pytest.fixture
 def small_steps(monkeypatch):
-    """One small network and one gradient outside of jit, once each."""
+    """Measure only one small network and one gradient outside jit, once each."""
     small = steps.Step("mlp", functools.partial(networks.MLP, width=4), (8, 4), "float32")
     monkeypatch.setattr(steps, "quick_cases", lambda: [small, eager.CASES[0]])
     monkeypatch.setattr(steps, "FIRST_STEPS", 1)
@@ -28,7 +28,7 @@ def test_whole_steps_are_measured_beside_flax_and_written(command, small_steps, 
     assert ended.status == 0
     rows = [line.split()[3:] for line in ended.out.splitlines() if line.startswith("mlp 8x4 float32")]
     assert [name for name, *_ in rows] == ["linen", "jbn", "jbn-inside"]
-    assert "again: jbn bench --quick --peers linen --rounds 2\n" in ended.out
+    assert "to repeat: jbn bench --quick --peers linen --rounds 2\n" in ended.out
     found = json.loads((tmp_path / "bench.json").read_text())
     assert found["versions"]["jax"] == jax.__version__
     step, gradient = found["records"]
@@ -47,8 +47,8 @@ def test_without_pytorch_the_others_are_measured(command, small_steps, monkeypat
     monkeypatch.setattr(torch_programs, "description", absent)
     ended = command("bench", "--quick", "--cases", "one norm", "--rounds", 1)
     assert ended.status == 0
-    assert "without PyTorch" in ended.out
-    assert "left out: torch-last, no such library" in ended.out
+    assert "PyTorch is not measured" in ended.out
+    assert "not measured: torch-last (no such library)" in ended.out
 
 
 def test_programs_compiled_apart_are_printed_and_written(command, tmp_path):
@@ -56,7 +56,7 @@ def test_programs_compiled_apart_are_printed_and_written(command, tmp_path):
     ended = command("bench", *options, "--out", tmp_path)
     assert ended.status == 0
     assert "masked sequence 16x256x256 float32" in ended.out
-    assert "again: jbn bench --quick --apart --cases masked --peers linen --rounds 1" in ended.out
+    assert "to repeat: jbn bench --quick --apart --cases masked --peers linen --rounds 1" in ended.out
     found = json.loads((tmp_path / "bench.json").read_text())
     assert found["records"][0]["seconds"].keys() == {"jbn", "linen"}
     assert (tmp_path / "bench.png").stat().st_size > 1000
@@ -71,17 +71,17 @@ def test_a_library_that_is_missing_is_left_out_and_named(command, monkeypatch):
     monkeypatch.setattr(run, "run", lambda *given: iter(()))
     ended = command("bench", "--quick", "--apart", "--peers", "haiku", "--rounds", 1)
     assert ended.status == 0
-    assert "left out: haiku, no such library" in ended.out
+    assert "not measured: haiku (no such library)" in ended.out
 
 
 REFUSED = {
     "rounds": Refused("bench --rounds 0", "--rounds", "is 0", "expected at least 1"),
-    "cases": Refused("bench --quick --cases none", "--cases", "is 'none'", "which is in none of:"),
+    "cases": Refused("bench --quick --cases none", "--cases", "is 'none'", "which no case has in its name"),
     "peers": Refused(
-        "bench --quick --peers linen,haiku", "--peers", "has 'haiku'", "expected some of linen, nnx, torch-last."
+        "bench --quick --peers linen,haiku", "--peers", "has 'haiku'", "expected names from linen, nnx, torch-last."
     ),
-    "peers apart": Refused("bench --quick --apart --peers mxnet", "--peers", "has 'mxnet'", "expected some of linen"),
-    "folder": Refused("bench --quick --out /dev/null/here", "--out", "/dev/null/here", "no folder can be made"),
+    "peers apart": Refused("bench --quick --apart --peers mxnet", "--peers", "has 'mxnet'", "expected names"),
+    "folder": Refused("bench --quick --out /dev/null/here", "--out", "/dev/null/here", "this folder cannot be created"),
 }
 
 

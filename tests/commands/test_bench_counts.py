@@ -1,4 +1,4 @@
-"""What `jbn bench` reads off compiled programs, the numbers it holds them against, and the clock."""
+"""The counts of compiled programs in `jbn bench`, the expected results, and the timing."""
 
 import math
 import time
@@ -86,7 +86,7 @@ def test_times_are_taken_in_turn():
     found = timing.measure({name: program(name) for name in "abc"}, 8)
     assert {name: len(seconds) for name, seconds in found.items()} == {"a": 8, "b": 8, "c": 8}
     rounds = ["".join(order[start : start + 6]) for start in range(9, len(order), 6)]
-    # Each sample is of one run here, and after one that is not timed.
+    # Each sample is one run here, after one run that is not timed.
     assert all(sorted(turn[::2]) == ["a", "b", "c"] and turn[::2] == turn[1::2] for turn in rounds)
     assert len({turn[0] for turn in rounds}) > 1
 

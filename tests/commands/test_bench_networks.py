@@ -1,4 +1,4 @@
-"""The networks and the chains of layers that `jbn bench` measures."""
+"""The networks and chains of layers that `jbn bench` measures."""
 
 import functools
 
@@ -19,7 +19,7 @@ chain_program = functools.cache(programs.chain_program)
 
 
 def test_chains_are_measured_where_a_library_has_them(monkeypatch):
-    """PyTorch has no scan; another program stands for its chain here."""
+    """PyTorch has no scan. A copy program replaces its chain here."""
     other = programs.copy_program(Case("small", (16, 8, 4)))._replace(compiled=None)
     monkeypatch.setattr(programs, "chain_program", chain_program)
     monkeypatch.setattr(torch_programs, "chain_program", lambda chain: other)
@@ -34,12 +34,12 @@ def test_chains_are_measured_where_a_library_has_them(monkeypatch):
 
 
 def assert_orthogonal(gradient, weights):
-    """The norm after a layer takes the scale of each column of the weights away: the loss cannot change with it."""
+    """The norm after a layer removes the scale of each column of the weights, so the loss cannot depend on it."""
     weights, gradient = np.asarray(weights, np.float64), np.asarray(gradient, np.float64)
     assert weights.shape == gradient.shape == (2, 8, 8)
     lengths = np.linalg.norm(weights, axis=1) * np.linalg.norm(gradient, axis=1)
     assert np.all(lengths > 0)
-    # Within what epsilon leaves of the scale.
+    # Epsilon leaves a small dependence on the scale.
     np.testing.assert_array_less(np.abs((weights * gradient).sum(1)), 1e-3 * lengths)
 
 
@@ -66,7 +66,7 @@ def test_gradients_of_pytorchs_chain_do_not_scale_its_weights(monkeypatch):
 
 @pytest.mark.standard_promotion
 def test_the_network_is_resnet_50():
-    """PyTorch's has 25,557,032 parameters too."""
+    """The ResNet-50 of PyTorch has 25,557,032 parameters too."""
     images = jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.bfloat16)
     of_flax, of_jbn, _ = (
         jax.eval_shape(networks.ResNet(norm).init, jax.random.key(0), images) for norm in networks.NORMS.values()
@@ -85,7 +85,7 @@ SMALL = {
 @pytest.mark.slow
 @pytest.mark.standard_promotion
 def test_every_norm_takes_the_same_step_and_learns(step, monkeypatch):
-    """Compiled without LLVM's optimization, which would take longer than it saves."""
+    """Compile without LLVM optimizations, which would take longer than they save."""
     monkeypatch.setattr(jax, "jit", compiled)
     monkeypatch.setattr(steps, "FIRST_STEPS", 1)
     batch = steps._batch(step, 0)

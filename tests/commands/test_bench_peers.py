@@ -1,4 +1,4 @@
-"""The other libraries in `jbn bench`: each is measured as what it is, or named where it is missing."""
+"""The other libraries in `jbn bench`: each is measured with its own layout, or named if it is missing."""
 
 import sys
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""What `jbn bench` makes of its records: ratios, tables, summary, JSON, the picture and the machine."""
+"""The report of `jbn bench`: ratios, tables, summary, JSON, the picture and the machine."""
 
 import json
 import math
@@ -32,8 +32,8 @@ def test_the_report_says_who_wins():
 
 def test_the_report_says_who_is_wrong_far_from_zero():
     lines = "\n".join(report.summary([record()], ["linen", "nnx"], {"linen": 3.0, "nnx": 0.0}, 0.1))
-    assert "wrong are linen (3)" in lines
-    assert "all are right" in "\n".join(report.summary([record()], ["nnx"], {"nnx": 0.0}, 0.1))
+    assert "wrong results from linen (error 3)" in lines
+    assert "all results are correct" in "\n".join(report.summary([record()], ["nnx"], {"nnx": 0.0}, 0.1))
 
 
 def test_wrong_numbers_are_marked_and_win_nothing():
@@ -62,8 +62,8 @@ def test_a_step_stands_beside_flax_by_the_least_first_and_the_median_later_step(
     ]
     eager = whole_step(mode="eager gradient", first=None)
     assert step_report.summary([whole_step(), eager]) == [
-        "jbn: first step 1.25, later steps 0.50, eager gradient 0.50 of Flax Linen's, geometric means",
-        "torch-last: later steps 2.00, eager gradient 2.00 of Flax Linen's, geometric means",
+        "jbn: first step 1.25, later steps 0.50, eager gradient 0.50 times Flax Linen's time (geometric means)",
+        "torch-last: later steps 2.00, eager gradient 2.00 times Flax Linen's time (geometric means)",
     ]
 
 
@@ -83,8 +83,8 @@ def test_the_picture_of_steps_has_later_and_first_steps_with_names_and_units():
         for ax in (later, first)
     ]
     assert dots == [{"jbn": [0.5], "torch-last": [2.0]}, {"jbn": [1.25]}]
-    assert "median time of a step over Flax Linen's (ratio)" in later.get_xlabel()
-    assert "least seconds to trace, lower and compile" in first.get_xlabel()
+    assert "median time of a later step / Flax Linen's" in later.get_xlabel()
+    assert "shortest time to trace, lower and compile" in first.get_xlabel()
     assert later.get_ylabel()
 
 

@@ -1,4 +1,4 @@
-"""How all commands start, and how they end when a pipe closes, an extra is missing, or the user interrupts them."""
+"""How commands start, and how they end if a pipe closes, an extra is missing, or the user interrupts them."""
 
 import os
 import runpy
@@ -49,7 +49,7 @@ def test_nothing_fails_at_the_end_where_nobody_reads(monkeypatch):
 
 
 def test_a_command_that_is_interrupted_ends_quietly(command, monkeypatch):
-    """`jbn train` also says how to go on, see test_train_resume.py."""
+    """`jbn train` also says how to continue, see test_train_resume.py."""
 
     def interrupt(given):
         raise KeyboardInterrupt

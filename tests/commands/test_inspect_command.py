@@ -1,4 +1,4 @@
-"""`jbn inspect`: the faults that it finds in checkpoints of orbax and Flax, and what it refuses.
+"""`jbn inspect`: the faults it finds in checkpoints of orbax and Flax, and the input it rejects.
 
 `test_train.py` inspects a checkpoint of `jbn train`.
 """
@@ -47,7 +47,7 @@ def saved(path, tree, kind):
 
 @pytest.fixture
 def inspected(command):
-    """A function of a checkpoint and options, which gives the exit status and the lines but for the path's."""
+    """A function that inspects a checkpoint and returns the exit status and the lines, without the line of the path."""
 
     def inspect(*arguments):
         ended = command("inspect", *arguments)
@@ -81,7 +81,7 @@ def test_nothing_is_wrong_with_what_is_whole(tmp_path, inspected):
     path = saved(tmp_path / "orbax", {"a": GOOD, "b": GOOD}, "orbax")
     for options in ((), ("--momentum", 0.5)):
         status, lines = inspected(path, *options)
-        assert (status, lines[-1]) == (0, "nothing is wrong"), options
+        assert (status, lines[-1]) == (0, "no norm is faulty"), options
 
 
 def test_a_slow_average_is_still_the_start(tmp_path, inspected):

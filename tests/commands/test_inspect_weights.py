@@ -1,4 +1,4 @@
-"""`jbn inspect` of files of weights: NumPy's, safetensors', PyTorch's and Keras', whole, broken and hostile."""
+"""`jbn inspect` of files of weights from NumPy, safetensors, PyTorch and Keras: complete, damaged and malicious."""
 
 import pickle
 import re
@@ -35,7 +35,7 @@ def torch(path):
 
 
 def keras(path):
-    """As Keras 3 writes it: a layer's variables by number, the statistics last."""
+    """Write a file as Keras 3 does: the variables of a layer have numbers, with the statistics last."""
     import h5py
 
     with h5py.File(path, "w") as file:
@@ -49,7 +49,7 @@ def keras(path):
 
 
 def named_keras(path):
-    """As Keras 2 wrote it."""
+    """Write a file as Keras 2 does."""
     import h5py
 
     with h5py.File(path, "w") as file:
@@ -134,7 +134,7 @@ def cut(write, name):
 
 
 def huge():
-    """A header that asks for more memory than there is."""
+    """Write a header that declares an array larger than any memory."""
     import zipfile
 
     header = b"\x93NUMPY\x01\x00v\x00" + b"{'descr': '<f4', 'fortran_order': False, 'shape': (4611686018427387904,), }"
@@ -160,25 +160,29 @@ def weights_alone():
 
 
 REFUSED = {
-    "pickled": Refused("inspect model.npz", "checkpoint is model.npz", "no whole .npz file", "allow_pickle", pickled),
-    "cut npz": Refused("inspect model.npz", "checkpoint", "no whole .npz file", "zip", cut(npz, "model.npz")),
+    "pickled": Refused(
+        "inspect model.npz", "checkpoint is model.npz", "not a complete .npz file", "allow_pickle", pickled
+    ),
+    "cut npz": Refused("inspect model.npz", "checkpoint", "not a complete .npz file", "zip", cut(npz, "model.npz")),
     "cut safetensors": Refused(
         "inspect model.safetensors",
         "checkpoint",
-        "no whole .safetensors file",
+        "not a complete .safetensors file",
         "Error",
         cut(safetensors, "model.safetensors"),
     ),
-    "cut h5": Refused("inspect model.h5", "checkpoint", "no whole .h5 file", "truncated", cut(keras, "model.h5")),
-    "huge": Refused("inspect model.npz", "checkpoint", "no whole .npz file", "Error", huge),
-    "text npz": Refused("inspect model.npz", "checkpoint", "no whole .npz file", "not a zip file", text),
-    "text safetensors": Refused("inspect model.safetensors", "checkpoint", "no whole .safetensors file", "Error", text),
-    "text h5": Refused("inspect model.h5", "checkpoint", "no whole .h5 file", "signature", text),
+    "cut h5": Refused("inspect model.h5", "checkpoint", "not a complete .h5 file", "truncated", cut(keras, "model.h5")),
+    "huge": Refused("inspect model.npz", "checkpoint", "not a complete .npz file", "Error", huge),
+    "text npz": Refused("inspect model.npz", "checkpoint", "not a complete .npz file", "not a zip file", text),
+    "text safetensors": Refused(
+        "inspect model.safetensors", "checkpoint", "not a complete .safetensors file", "Error", text
+    ),
+    "text h5": Refused("inspect model.h5", "checkpoint", "not a complete .h5 file", "signature", text),
     "two of a path": Refused("inspect model.npz", "checkpoint", "two norms at bn", "names of two libraries", two_names),
     "no norm": Refused(
-        "inspect model.npz", "checkpoint", "it has no norm: ", "running_mean, running_var", weights_alone
+        "inspect model.npz", "checkpoint", "it has no complete norm: ", "running_mean, running_var", weights_alone
     ),
-    "half a norm": Refused("inspect model.npz", "checkpoint", "only a part of bn", "moving_mean", half),
+    "half a norm": Refused("inspect model.npz", "checkpoint", "only some statistics of bn", "moving_mean", half),
     "plot": Refused(
         "inspect model.npz --plot no/such.png",
         "--plot",
@@ -196,7 +200,7 @@ def test_broken_and_hostile_files_are_refused_and_nothing_in_them_runs(command, 
 
 @pytest.mark.needs("torch")
 def test_a_hostile_file_of_pytorch_is_refused(command, tmp_path, monkeypatch):
-    row = Refused("inspect model.pt", "checkpoint", "no whole .pt file", "weights_only", hostile_torch)
+    row = Refused("inspect model.pt", "checkpoint", "not a complete .pt file", "weights_only", hostile_torch)
     assert_commands_refused({"hostile": row}, command, tmp_path, monkeypatch)
     assert not list(tmp_path.rglob("ran"))
 

@@ -1,4 +1,4 @@
-"""`jbn momentum`: what it tells of the laws of the moving average, and what it refuses."""
+"""`jbn momentum`: the table, the advice and the picture, and the options it rejects."""
 
 import pytest
 from support.command_refusals import Refused, assert_commands_refused
@@ -22,13 +22,13 @@ def test_the_table_and_the_advice_are_those_of_the_laws(command, tmp_path):
 
 
 def test_many_steps_want_a_momentum_that_is_written_with_more_digits(command):
-    assert "Take momentum=0.99999" in command("momentum", "--steps", 1000000).out
+    assert "Use momentum=0.99999" in command("momentum", "--steps", 1000000).out
 
 
 def test_a_start_that_is_right_wants_no_average(command):
     ended = command("momentum", "--distance", 0)
     assert ended.status == 0
-    assert "The start is right already" in ended.out
+    assert "averaging gains nothing" in ended.out
 
 
 REFUSED = {
@@ -36,8 +36,8 @@ REFUSED = {
     "many steps": Refused("momentum --steps 10000001", "--steps", "is 10000001", "expected at most 10000000"),
     "batch": Refused("momentum --batch-size -3", "--batch-size", "is -3", "a finite number of at least 1"),
     "distance": Refused("momentum --distance nan", "--distance", "is nan", "a finite number of at least 0"),
-    "picture": Refused("momentum --plot a.unknown", "--plot", "is a.unknown", "no picture can be written"),
-    "folder": Refused("momentum --plot absent/a.png", "--plot", "is absent/a.png", "no picture can be written"),
+    "picture": Refused("momentum --plot a.unknown", "--plot", "is a.unknown", "no picture can be written there"),
+    "folder": Refused("momentum --plot absent/a.png", "--plot", "is absent/a.png", "no picture can be written there"),
 }
 
 

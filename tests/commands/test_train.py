@@ -1,4 +1,4 @@
-"""`jbn train`: what it writes and prints, the devices it runs on, and the process that only trains."""
+"""`jbn train`: the files and the output, the devices, and processes that only train."""
 
 import json
 import sys
@@ -22,7 +22,7 @@ BATCH = 32
 
 
 class Finished(NamedTuple):
-    """The folder of a finished run, its history, and how it ended."""
+    """The folder of a finished run, its history, and its exit status and output."""
 
     folder: object
     history: dict
@@ -31,7 +31,7 @@ class Finished(NamedTuple):
 
 @pytest.fixture(scope="module")
 def run(small, command, tmp_path_factory):
-    """12 steps with the average of all batches."""
+    """A run of 12 steps with the cumulative average."""
     folder = tmp_path_factory.mktemp("run")
     options = ("--steps", 12, "--momentum", "cumulative", "--batch-size", BATCH, "--devices", 1)
     ended = command("train", *options, "--out", folder)
@@ -44,8 +44,8 @@ def test_a_run_prints_its_steps_and_what_they_came_to(run):
     assert printed.count("step ") >= 10
     assert "step 12/12" in printed
     assert "what to do" in printed
-    assert "calibrated: with the training set's statistics" in printed
-    assert "output = ratio * right output + shift" in printed
+    assert "with calibrated statistics (jbn.calibrate on the training set)" in printed
+    assert "output = ratio * calibrated output + shift" in printed
 
 
 def test_a_run_writes_a_picture_and_its_history(run):
@@ -68,12 +68,12 @@ def test_the_checkpoint_holds_parameters_and_statistics(run):
 
 def test_inspect_finds_the_checkpoint_of_a_run(run, command):
     whole, slow = (command("inspect", run.folder, *more) for more in ((), ("--momentum", 0.99)))
-    assert (whole.status, whole.out.splitlines()[-1]) == (0, "nothing is wrong")
+    assert (whole.status, whole.out.splitlines()[-1]) == (0, "no norm is faulty")
     assert slow.status == 1
 
 
 def test_looks_hold_what_the_norm_saw(run):
-    """The running statistics are the average of the batches' so far."""
+    """The running statistics are the average of the batch statistics so far."""
     looks = run.history["looks"]
     assert len(looks) == 12
     for statistic in ("mean", "var"):
@@ -102,7 +102,7 @@ def test_a_process_that_does_not_write_only_trains(tmp_path, command, monkeypatc
 
 
 def test_a_cpu_stands_for_several_devices_until_jax_is_used(monkeypatch):
-    """Unless XLA_FLAGS says how many there are."""
+    """Unless XLA_FLAGS sets the number of devices."""
     asked = []
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     with monkeypatch.context() as patched:
@@ -127,7 +127,7 @@ def test_where_nobody_watches_a_line_is_printed_now_and_then(capsys):
             watch(look)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines] == [f"{step}/60" for step in (1, *range(7, 60, 6), 60)]
-    assert lines[-1] == "step 60/60  loss 0.5000  train 75.0%  held out 50.0% (batch statistics 62.5%)"
+    assert lines[-1] == "step 60/60  loss 0.5000  accuracy: train 75.0%, held out 50.0% (62.5% with batch statistics)"
 
 
 def test_a_terminal_gets_a_bar(monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""A run of `jbn train` that is killed while it saves, and resumed."""
+"""A run of `jbn train` that is killed while it saves a checkpoint, and then resumed."""
 
 import json
 import os
@@ -12,8 +12,8 @@ import pytest
 from support.subprocesses import SMALL, TIME_LIMIT, finished
 
 SAVED, CUT, STEPS = 2, 3, 8
-"""A run is killed while it writes the checkpoint of step CUT or of a later one, so that SAVED or a later one is whole.
-It has so many steps that the kill comes before the last of them on a busy machine too."""
+"""A run is killed while it writes the checkpoint of step CUT or later, so that a checkpoint of step SAVED or later is
+complete. It has enough steps that the kill comes before the last step, on a busy machine too."""
 
 
 def kill_while_saving(process, folder):

@@ -1,4 +1,4 @@
-"""The lesson of `jbn train`: the same training with two ways to average, and what the command advises after it."""
+"""The lesson of `jbn train`: the same training with two momenta, and the advice that the command prints."""
 
 import math
 
@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.standard_promotion, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def lesson():
-    """The article's example, looked at after its first step and its last."""
+    """The example of the README with two momenta; each run looks after its first and its last step."""
     digits = data.load()
     options = {text: Options(momentum=text, steps=60, devices=1) for text in ("0.999", "warmup:0.999")}
     with pytest.MonkeyPatch.context() as patched:
@@ -23,12 +23,12 @@ def lesson():
 
 
 def words(lines):
-    """The lines as one, however they were wrapped."""
+    """Join wrapped lines into one."""
     return " ".join(" ".join(lines).split())
 
 
 def with_look(result, look):
-    """The result of a run whose only look is this one."""
+    """Replace all looks of a result by one."""
     return result._replace(record=result.record._replace(looks=[look]))
 
 
@@ -56,15 +56,15 @@ def test_warmup_recovers_most_of_it(lesson):
 
 def test_closing_lines_say_what_to_do(lesson):
     collapsed = words(report.closing_lines(*lesson["0.999"]))
-    assert f"{0.999**60:.1%} of the running statistics is still the initial" in collapsed
+    assert f"{0.999**60:.1%} of the weight in the running statistics" in collapsed
     assert "--momentum warmup:0.999" in collapsed
     options, result = lesson["warmup:0.999"]
     stale = result.record.looks[-1]._replace(held_out_running=0.9, held_out_batch=0.97)
     lines = words(report.closing_lines(options, with_look(result, stale)))
-    assert "0.0% of the running statistics is still the initial" in lines
-    assert "what remains is early batches" in lines
+    assert "0.0% of the weight in the running statistics" in lines
+    assert "Early batches, which come from older network weights" in lines
     good = with_look(result, stale._replace(held_out_running=0.97))
-    assert "Nothing: inference keeps" in report.closing_lines(options, good)[-1]
+    assert "Nothing. Inference is about as accurate" in report.closing_lines(options, good)[-1]
     diverged = with_look(result, stale._replace(loss=math.nan))
     assert "lower --learning-rate" in report.closing_lines(options, diverged)[-1]
     untrained = with_look(result, stale._replace(held_out_batch=0.4))

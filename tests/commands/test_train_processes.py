@@ -1,4 +1,4 @@
-"""`jbn train` in several processes, joined on this machine as hosts are."""
+"""`jbn train` in several processes on this machine, connected as hosts are."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def coordinator():
 
 
 def steps_in_turn(devices, dtype, folder):
-    """The run after each step of one process, which leaves the run before each in the folder."""
+    """The run after each step of one process. The folder then holds the run before each step."""
     run, after = steps_of_processes.fresh_run(dtype, compiled(lambda key: model.init(key))), []
     after_step = steps_of_processes.make_stepper(devices, dtype)
     for number in range(steps_of_processes.STEPS):
@@ -38,8 +38,8 @@ def steps_in_turn(devices, dtype, folder):
 
 @pytest.mark.slow
 def test_steps_of_two_processes_equal_those_of_one(tmp_path, start, small, x64):
-    """In float64, where a batch on one device is a fair comparison: in float32 another split rounds otherwise, and a
-    rounding that carries a relu over its kink moves a gradient by far more than itself. So the tolerance is narrowest.
+    """Compare in float64, with the narrowest tolerance. In float32, another split of the batch rounds differently, and
+    rounding that changes the sign of the input of a relu changes a gradient by far more than its own size.
     """
     expected = steps_in_turn(jax.devices()[:1], "float64", tmp_path)
     command = ("-m", "support.steps_of_processes", coordinator(), 2)
@@ -74,7 +74,7 @@ def test_a_refusal_ends_all_processes(tmp_path, start):
     started = [start(*shared, "--process-id", process, "--out", tmp_path) for process in range(2)]
     (first, said), (second, echoed) = finished(started)
     assert (first, second) == (2, 2), (said, echoed)
-    assert "holds what is no checkpoint" in said
+    assert "holds files that are not checkpoints" in said
     assert "process 0 refused to start" in echoed
 
 
@@ -88,7 +88,7 @@ def test_the_coordinator_is_handed_to_jax(monkeypatch):
 
 
 def test_every_bit_comes_from_the_process_that_writes(monkeypatch):
-    """Though what goes from one process to all is a sum with zeros."""
+    """The transport between processes adds zeros to the values."""
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     sums = processes.multihost_utils
     monkeypatch.setattr(sums, "broadcast_one_to_all", lambda tree: jax.tree.map(lambda array: array + 0, tree))

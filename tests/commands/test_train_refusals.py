@@ -1,4 +1,4 @@
-"""What `jbn train` refuses: options, other processes that it cannot find, and folders that it must not write into."""
+"""What `jbn train` rejects: bad options, unreachable processes, and folders with other files."""
 
 from pathlib import Path
 
@@ -22,8 +22,10 @@ OPTIONS = {
     "steps": Refused("--steps 0", "--steps", "is 0", "expected at least 1"),
     "no devices": Refused("--devices 0", "--devices", "is 0", "expected at least 1"),
     "checkpoints": Refused("--checkpoint-every 0", "--checkpoint-every", "is 0", "expected at least 1"),
-    "devices": Refused("--devices 99", "--devices", "is 99", "expected at most 8, as many as JAX finds here"),
-    "large batch": Refused("--batch-size 1438", "--batch-size", "is 1438", "at most 1437, the training set's size"),
+    "devices": Refused("--devices 99", "--devices", "is 99", "expected at most 8, the number of devices"),
+    "large batch": Refused(
+        "--batch-size 1438", "--batch-size", "is 1438", "at most 1437, the size of the training set"
+    ),
     "uneven batch": Refused("--batch-size 30 --devices 4", "--batch-size", "is 30", "expected a multiple of 4"),
     "rate below 0": Refused("--learning-rate -1", "--learning-rate", "is -1.0", "expected a positive number"),
     "rate no number": Refused("--learning-rate nan", "--learning-rate", "is nan", "expected a positive number"),
@@ -32,12 +34,18 @@ OPTIONS = {
 }
 
 PROCESSES = {
-    "no port": Refused("--coordinator here", "--coordinator", "is 'here'", "HOST:PORT of process 0, as in 127.0.0.1"),
-    "how many": Refused("--coordinator h:1 --process-id 0", "--num-processes", "is None", "how many take part"),
-    "no process": Refused("--coordinator h:1 --num-processes 2", "--process-id", "is None", "one of 0 to 1, another"),
-    "process": Refused("--coordinator h:1 --num-processes 2 --process-id 2", "--process-id", "is 2", "one of 0 to 1"),
-    "no coordinator": Refused("--process-id 0", "--process-id", "that is None", "needs --coordinator HOST:PORT"),
-    "no cluster": Refused("--coordinator auto", "--coordinator", "is auto", "where no run could be joined"),
+    "no port": Refused("--coordinator here", "--coordinator", "is 'here'", "HOST:PORT of process 0, such as 127.0.0.1"),
+    "how many": Refused(
+        "--coordinator h:1 --process-id 0", "--num-processes", "is None", "expected the number of processes"
+    ),
+    "no process": Refused(
+        "--coordinator h:1 --num-processes 2", "--process-id", "is None", "expected 0 to 1, a different"
+    ),
+    "process": Refused("--coordinator h:1 --num-processes 2 --process-id 2", "--process-id", "is 2", "expected 0 to 1"),
+    "no coordinator": Refused(
+        "--process-id 0", "--process-id", "--coordinator is None", "needs --coordinator HOST:PORT"
+    ),
+    "no cluster": Refused("--coordinator auto", "--coordinator", "is auto", "the processes could not connect"),
 }
 
 
@@ -51,7 +59,7 @@ def notes_among_checkpoints():
 
 
 def unfinished():
-    """The checkpoint of a run that ended after the first of two steps."""
+    """Write the checkpoint of a run that ended after the first of two steps."""
     options = Options(steps=2, devices=1, checkpoint_every=1, out="run")
     Path("run").mkdir()
     with checkpoints.open_manager(options) as manager:
@@ -65,21 +73,23 @@ def damaged():
 
 
 FOLDERS = {
-    "no folder": Refused("--out /dev/null/here", "--out", "is /dev/null/here", "where no folder can be made"),
+    "no folder": Refused("--out /dev/null/here", "--out", "is /dev/null/here", "this folder cannot be created"),
     "a file": Refused("--out notes", "--out", "is notes, which is a file", "expected a folder", notes),
-    "others' files": Refused("--out mixed", "--out", "no checkpoint", "name another folder", notes_among_checkpoints),
+    "others' files": Refused(
+        "--out mixed", "--out", "not checkpoints", "Choose another folder", notes_among_checkpoints
+    ),
     "unfinished": Refused("--out run", "--out", "a run of 2 steps that ended after step 1", "--resume", unfinished),
     "other seed": Refused(
         "--out run --steps 2 --resume --seed 1",
         "--seed",
-        "is 1, but the run in run was begun with 0",
+        "is 1, but the run in run started with 0",
         "--resume needs the same",
         unfinished,
     ),
     "other steps": Refused(
-        "--out run --steps 1 --resume", "--steps", "was begun with 2", "--resume needs the same", unfinished
+        "--out run --steps 1 --resume", "--steps", "started with 2", "--resume needs the same", unfinished
     ),
-    "damaged": Refused("--out run --resume", "--out", "a damaged checkpoint", "delete that folder, and", damaged),
+    "damaged": Refused("--out run --resume", "--out", "a damaged checkpoint", "Delete this folder; --resume", damaged),
 }
 
 

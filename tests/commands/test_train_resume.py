@@ -1,4 +1,4 @@
-"""`jbn train` that is interrupted, resumed, told again, replaced, or that diverges."""
+"""`jbn train`: runs that are interrupted, resumed, repeated, replaced, or that diverge."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ RUN = ("train", "--steps", 4, "--batch-size", 16, "--devices", 1, "--checkpoint-
 
 
 class Story(NamedTuple):
-    """The folder of a run of 4 steps that was interrupted after the second, and then resumed."""
+    """The folder of a run of 4 steps that was interrupted after step 2 and then resumed, and both results."""
 
     folder: object
     interrupted: object
@@ -47,7 +47,7 @@ def test_resuming_what_was_not_begun_starts_from_the_first_step(story):
 
 def test_an_interrupted_run_ends_quietly_and_says_how_to_go_on(story):
     assert story.interrupted.status == 130
-    assert "jbn train: interrupted; --resume goes on from the last checkpoint" in story.interrupted.err
+    assert "jbn train: interrupted; --resume continues from the last checkpoint" in story.interrupted.err
     assert "Traceback" not in story.interrupted.err
 
 
@@ -70,7 +70,7 @@ def test_a_finished_run_is_told_again(story, command, monkeypatch):
 
 @pytest.fixture(scope="module")
 def diverged(story, command, tmp_path_factory):
-    """The folder of a run that diverged, in the place of a finished one; and how it ended, at first and resumed."""
+    """The folder of a diverged run that replaced a finished one, and the results of the run and of its resumption."""
     folder = tmp_path_factory.mktemp("diverged") / "run"
     shutil.copytree(story.folder, folder)
     run = ("train", "--steps", 3, "--batch-size", 16, "--learning-rate", 1e30, "--devices", 1, "--out", folder)

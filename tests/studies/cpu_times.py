@@ -1,7 +1,8 @@
-"""Forward and backward compiled apart, every library beside jbn, here: python tests/studies/cpu_times.py [PROCESSES]
+"""Time forward and backward passes of all libraries on this CPU: python tests/studies/cpu_times.py [PROCESSES]
 
-Each process takes all single-layer cases of `jbn bench`, five rounds each. A cell is their time over jbn's: the median
-of the processes, with the least and the largest. Above 1, jbn is faster. About five minutes a process on two cores.
+Both passes are compiled separately. Each process measures all single-layer cases of `jbn bench`, five rounds each.
+A cell is the time divided by jbn's time: the median over the processes, with the smallest and largest value. Above 1,
+jbn is faster. A process takes about five minutes on two cores.
 """
 
 import json
@@ -17,7 +18,7 @@ ROUNDS, BUFFERS = 5, 3
 
 
 def measured():
-    """For each case, the seconds of each library in each round, forward and backward together."""
+    """Measure the seconds of each library in each case and round, forward and backward pass together."""
     os.environ.setdefault("KERAS_BACKEND", "jax")
     from jbn.bench import cases, data, programs, run, timing, torch_programs
 
@@ -42,7 +43,7 @@ def measured():
 
 
 def summary(processes):
-    """A row for each case, and the geometric means of those of each dtype and of all."""
+    """One row for each case, and rows with the geometric means for each dtype and for all cases."""
     cases = list(processes[0])
     peers = [name for name in processes[0][cases[0]] if name != "jbn"]
     ratios = {

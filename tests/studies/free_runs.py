@@ -1,4 +1,4 @@
-"""Draw how far ResNet-18s drift apart that train freely from one start: Flax, Flax's other variance formula, jbn.
+"""Draw how ResNet-18s with different norms diverge from the same initial values: Flax, Flax without fast variance, jbn.
 
 PYTHONPATH=tests python tests/studies/free_runs.py --out free-runs.png --steps 20
 """
@@ -25,14 +25,14 @@ NORMS = {
 
 
 class Run(NamedTuple):
-    """Of each step, the loss, and the running variances of the last norm."""
+    """The loss of each step, and the running variances of the last norm."""
 
     loss: np.ndarray
     var: np.ndarray
 
 
 def run_freely(network, variables, steps, order):
-    """A run from the variables that goes on from its own results."""
+    """Train from the given variables; each step starts from the results of the step before."""
     params, batch_stats = variables
     last_block = max(name for name in batch_stats if name.startswith("LinenBlock"))
     loss, var = [], []
@@ -45,16 +45,16 @@ def run_freely(network, variables, steps, order):
 
 
 def differences(run, first):
-    """Of loss and variance to those of the first run, relative to these."""
+    """The relative differences of loss and variance to those of the first run."""
     loss = np.abs(run.loss - first.loss) / first.loss
     var = np.linalg.norm(run.var - first.var, axis=1) / np.linalg.norm(first.var, axis=1)
     return loss, var
 
 
 def draw(path, differences_by_norm):
-    """The differences by step, a thin line for each order and a thick one for the median of all."""
+    """Draw the differences by step, a thin line for each order of batches and a thick line for the median."""
     figure = Figure(figsize=(11, 5), layout="constrained")
-    figure.suptitle("Free training amplifies rounding: jbn drifts from Flax as Flax drifts from itself")
+    figure.suptitle("Training amplifies rounding: jbn differs from Flax as the two variance formulas of Flax do")
     titles = ("training loss", "running variance of the last norm")
     for axes, title in zip(figure.subplots(1, 2, sharey=True), titles, strict=True):
         axes.set(title=title, xlabel="step")
@@ -67,17 +67,17 @@ def draw(path, differences_by_norm):
             axes.plot(steps, np.transpose(lines), color=style[:2], linewidth=0.7, alpha=0.35)
             axes.plot(steps, np.median(lines, axis=0), style, markersize=4, linewidth=2, label=name)
     figure.axes[0].set_ylabel("relative difference to Flax's default, float32")
-    title = f"thin: each of {len(orders)} orders of the batches; thick: their median"
+    title = f"thin lines: {len(orders)} orders of the batches; thick line: median"
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, title=title)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=150)
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", default="free-runs.png", help="where the picture goes")
-    parser.add_argument("--steps", type=int, default=20, help="how many steps each network trains")
-    parser.add_argument("--orders", type=int, default=10, help="how many orders of the batches each trains with")
-    parser.add_argument("--stages", type=int, default=resnet.STAGES, help="how many stages each network has")
+    parser.add_argument("--out", default="free-runs.png", help="file of the picture")
+    parser.add_argument("--steps", type=int, default=20, help="number of training steps")
+    parser.add_argument("--orders", type=int, default=10, help="number of orders of the batches")
+    parser.add_argument("--stages", type=int, default=resnet.STAGES, help="number of stages of the network")
     options = parser.parse_args(arguments)
     networks = {
         name: resnet.linen_network(functools.partial(norm, momentum=0.9), width=WIDTH, stages=options.stages)

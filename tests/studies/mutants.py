@@ -1,10 +1,10 @@
-"""Mutation testing of the mathematics: small faults planted one at a time, each of which some test must find.
+"""Mutation testing of the mathematics: plant one small fault at a time, and check that a test finds it.
 
     python tests/studies/mutants.py --wing statistics --out mutants.json
 
-Draws mutants of one wing of the library by a fixed seed, runs the tests of each in a copy of the repository, and lists
-those that survive. A survivor lacks a test, or changes nothing that can be observed. Takes hours; the same --out again
-runs what is left, the survivors included, but those that are known to be equivalent.
+Draws mutants of one part of the library with a fixed seed, runs the tests of each mutant in a copy of the repository,
+and lists the survivors. A survivor shows a missing test, or has no observable effect. A run takes hours. A run with an
+existing --out file continues: it repeats the survivors, except those known to be equivalent, and runs the rest.
 """
 
 import argparse
@@ -56,18 +56,18 @@ WINGS = {
         "diagnostics/_table": "statistics/test_compare statistics/test_health",
     },
 }
-"""The modules to plant faults in, and the tests that are likely to find them soonest; the rest of the wing's follow."""
+"""The modules to mutate, each with the tests that run first; the other tests of the wing follow."""
 FOLDERS = {"core": ["core", "statistics"], "statistics": ["statistics", "interop", "core"]}
 EQUIVALENT = {
-    "0ea6347c11b5841f": "jax.numpy.array copies NumPy's memory, asked to or not",
-    "0234926f3006f035": "how many norms a message lists",
-    "08ff1ecf9f524f26": "how much rounding is allowed between two runs of a layer, twice of which would do",
-    "295a7c28f47215ef": "at a momentum of 0.5 both forms are the same average",
+    "0ea6347c11b5841f": "jax.numpy.array copies the memory of NumPy with and without the argument",
+    "0234926f3006f035": "changes only how many norms a message lists",
+    "08ff1ecf9f524f26": "changes the allowed rounding between two runs of a layer; twice the value also works",
+    "295a7c28f47215ef": "both forms give the same average at momentum 0.5",
     "35bf1aebe040d5bc": "JAX clips an index to the axis, whose size is 1",
     "3dd8e232745f6e30": "only the type of the number is read",
-    "400125abd467999f": "what is masked twice is masked; once costs less",
+    "400125abd467999f": "masking twice equals masking once, which costs less",
 }
-"""Survivors of seed 0 that change no result, or by rounding only, by their keys, and why."""
+"""Survivors of seed 0 that change no result except by rounding, by key, with the reason."""
 SWAPS = {
     ast.Add: ast.Sub,
     ast.Sub: ast.Add,
@@ -124,7 +124,7 @@ def main() -> None:
     drawn = drawn_by(arguments.wing, arguments.seed)[: arguments.mutants : arguments.every]
     results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     left = [(key, mutant) for key, mutant in drawn if results.get(key) is None and key not in EQUIVALENT]
-    print(f"{len(drawn)} mutants, {len(left)} of them to run", flush=True)
+    print(f"{len(drawn)} mutants, {len(left)} still to run", flush=True)
     with ThreadPoolExecutor(arguments.jobs) as pool:
         for (key, mutant), killer in zip(
             left, pool.map(lambda pair: killed_by(pair[1], arguments.wing), left), strict=True
@@ -136,11 +136,11 @@ def main() -> None:
         if key in EQUIVALENT:
             print(f"{described(mutant)}  |  equivalent: {EQUIVALENT[key]}")
     survivors = [mutant for key, mutant in drawn if key not in EQUIVALENT and results[key] is None]
-    print(f"{len(survivors)} survive without a reason", *map(described, survivors), sep="\n")
+    print(f"{len(survivors)} unexplained survivors", *map(described, survivors), sep="\n")
 
 
 def drawn_by(wing: str, seed: int) -> list[tuple[str, Mutant]]:
-    """All mutants in an order that the seed decides, each by a key that edits elsewhere leave as it is."""
+    """All mutants in an order that the seed determines, each with a key that edits elsewhere do not change."""
     keyed, seen = [], Counter()
     for module in WINGS[wing]:
         for mutant in mutants_of(module):
@@ -155,7 +155,7 @@ def described(mutant: Mutant) -> str:
 
 
 def mutants_of(module: str) -> Iterator[Mutant]:
-    """Every mutant of a module, in the order of its source."""
+    """Yield every mutant of a module in the order of its source."""
     source = (ROOT / "jbn" / f"{module}.py").read_text()
     for node in _code(ast.parse(source)):
         before = ast.get_source_segment(source, node)
@@ -165,7 +165,7 @@ def mutants_of(module: str) -> Iterator[Mutant]:
 
 
 def _code(tree: ast.AST) -> Iterator[ast.expr]:
-    """The expressions of functions that decide what is computed: no annotations, words of errors or docstrings."""
+    """Yield the expressions that determine a result, without annotations, error messages and docstrings."""
     for field, value in ast.iter_fields(tree):
         if field in ("annotation", "returns") or isinstance(tree, ast.Raise):
             continue
@@ -208,7 +208,7 @@ def _other_constants(value: object) -> Iterator[str]:
 
 
 def _other_calls(call: ast.Call) -> Iterator[str]:
-    """Another function for this one, two arguments of a choice the other way round, or the argument itself."""
+    """Replace the function by another one, swap the two values of `where`, or replace the call by its argument."""
     name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
     if name in CALLS and isinstance(call.func, ast.Attribute):
         yield ast.unparse(ast.Call(ast.Attribute(call.func.value, CALLS[name]), call.args, call.keywords))
@@ -229,7 +229,7 @@ def _spliced(source: str, node: ast.expr, replacement: str) -> str:
 
 
 def killed_by(mutant: Mutant, wing: str) -> str | None:
-    """The first test that fails with this fault in place, or None."""
+    """The first test that fails with this mutant, or None."""
     with tempfile.TemporaryDirectory() as folder:
         for name in ("jbn", "tests", "pyproject.toml", "README.md", "CHANGELOG.md"):
             copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
@@ -249,7 +249,7 @@ def killed_by(mutant: Mutant, wing: str) -> str | None:
 
 
 def tests_of(mutant: Mutant, wing: str) -> list[str]:
-    """The files to run, those that are near to the mutant first."""
+    """The test files to run, with those close to the mutant first."""
     near = [f"tests/{name}.py" for name in WINGS[wing][mutant.module].split()]
     all_files = [path for folder in FOLDERS[wing] for path in sorted((ROOT / "tests" / folder).glob("test_*.py"))]
     return list(dict.fromkeys([*near, *(str(path.relative_to(ROOT)) for path in all_files)]))
@@ -260,17 +260,19 @@ CACHE_EVERYTHING = {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
 }
-"""Most programs of a mutant are those of the others, compiled once for all."""
+"""Mutants share most compiled programs, so a cache compiles these only once."""
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--wing", choices=WINGS, default="core", help="the modules to plant faults in (core)")
-    parser.add_argument("--every", type=int, default=1, help="run every so many of those drawn (1)")
-    parser.add_argument("--mutants", type=int, default=150, help="how many to draw (150)")
-    parser.add_argument("--seed", type=int, default=0, help="by which they are drawn (0)")
-    parser.add_argument("--jobs", type=int, default=1, help="how many to run at once (1)")
-    parser.add_argument("--out", type=Path, default=Path("mutants.json"), help="where the results are kept")
+    parser.add_argument("--wing", choices=WINGS, default="core", help="part of the library to mutate (default: core)")
+    parser.add_argument("--every", type=int, default=1, help="run every n-th of the drawn mutants (default: 1)")
+    parser.add_argument("--mutants", type=int, default=150, help="number of mutants to draw (default: 150)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draw (default: 0)")
+    parser.add_argument("--jobs", type=int, default=1, help="number of mutants to run in parallel (default: 1)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("mutants.json"), help="file of the results (default: mutants.json)"
+    )
     return parser.parse_args()
 
 

@@ -1,9 +1,9 @@
-"""Held-out accuracy on digits at small batch sizes, batch norm beside batch renorm.
+"""Compare the held-out accuracy of batch norm and batch renorm on digits at small batch sizes.
 
 python tests/studies/renorm_runs.py
 
-Two epochs of each, one device, the demo's network and optimizer; mean and standard deviation over the seeds, with the
-running statistics, which inference uses, and with calibrated ones.
+Each run trains for two epochs on one device, with the network and optimizer of `jbn train`. The table has mean and
+standard deviation of the accuracy over the seeds, with running statistics and with calibrated statistics.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def main():
     rows = []
     for batch_size in options.batch_sizes:
         steps = options.epochs * (len(digits.train.labels) // batch_size)
-        # The published bounds open over 40,000 steps, of more than a hundred thousand; here over a share of them.
+        # The published bounds open over 40,000 of more than 100,000 steps. Here they open over a share of the steps.
         begin, end = steps // 10, steps // 2
         bounds = {"r_max": jbn.renorm.r_max(begin=begin, end=end), "d_max": jbn.renorm.d_max(begin=begin, end=end)}
         norms = {"batch_norm": jbn.batch_norm, "batch_renorm": functools.partial(jbn.batch_renorm, **bounds)}

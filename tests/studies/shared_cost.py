@@ -1,17 +1,17 @@
-"""Count what shared statistics send: the collectives of one ResNet-50 training step, read off the compiled programs.
+"""Count the collectives for shared statistics in one compiled ResNet-50 training step.
 
 python tests/studies/shared_cost.py --devices 8 64 1024 8192
 
-The step is compiled for so many CPU devices and never run, so that any machine will do. What is sent depends on the
-channels, not on the images, so that a device has one image of 32 x 32. The step has loss, new running statistics and
-the gradients of all parameters; the loss stays on its device, whose mean would be one number more.
+The step is compiled for the given numbers of CPU devices and does not run, so any machine can count. The bytes sent
+depend on the channels and not on the images, so a device has one image of 32 x 32. The step computes loss, new running
+statistics and the gradients of all parameters. The loss is not averaged over devices, which would send one more number.
 
-An all-reduce may carry several arrays: the counts are of all-reduces, as XLA's CPU compiler joins them; that of other
-devices may join fewer or more. It is the gradients' as soon as one of a convolution or the dense layer is in it. So
-are, as compiled here where all share, the first norm's backward sums, 64 channels, and Flax's gradients of the biases.
-Where all share, jbn's backward sums are the gradients of scale and bias too, which are then not sent again. The rows
-in which none share say what the gradients take alone. With --blocks, the network has so many blocks at each of its
-sizes, as in `--blocks 1` for a quick look.
+An all-reduce can carry several arrays. The table counts all-reduces as XLA's CPU compiler combines them; compilers for
+other devices may combine fewer or more. An all-reduce belongs to the gradients if it carries a gradient of a
+convolution or of the dense layer. If all devices share, this includes the backward sums of the first norm (64
+channels) and Flax's gradients of the biases. If all devices share, jbn's backward sums are also the gradients of scale
+and bias, which are not sent again. The rows "none share" show the cost of the gradients alone. --blocks sets the
+number of blocks per stage, for example `--blocks 1` for a quick run.
 """
 
 import argparse
@@ -38,13 +38,13 @@ PARTS = ("norm forward", "norm backward", "gradients")
 RESNET_50 = (3, 4, 6, 3)
 NORMS, CHANNELS, PARAMETERS = 53, 26_560, 25_557_032
 ONE_PROCESS = 2048
-"""The CPU backend takes devices from this number on for another process's, and refuses without collectives of it."""
+"""The CPU backend assigns devices from this number on to another process, which needs cross-process collectives."""
 OPERATION = re.compile(r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+|ragged-all-to-all)[\w-]*\(")
 ALL_REDUCE = re.compile(r' = (.*?) all-reduce\(.* replica_groups=(\{\{.*?\}\}|mesh.*?\}), .*op_name="(.*?)"')
 
 
 class Bottleneck(linen.Module):
-    """A block of three convolutions, the second of which strides."""
+    """A block of three convolutions, with the stride in the second."""
 
     features: int
     stride: int
@@ -62,7 +62,7 @@ class Bottleneck(linen.Module):
 
 
 class ResNet(linen.Module):
-    """ResNet-50 for the 1000 classes of ImageNet, or one with other numbers of blocks."""
+    """ResNet-50 for the 1000 classes of ImageNet, or a network with other numbers of blocks."""
 
     norm: Callable[..., Any]
     blocks: tuple[int, ...]
@@ -78,7 +78,7 @@ class ResNet(linen.Module):
 
 
 class Case(NamedTuple):
-    """A norm, the axes of the mesh, the one to share statistics over, and those along which statistics differ."""
+    """A norm, the axes of the mesh, the axis to share statistics over, and the axes along which statistics differ."""
 
     label: str
     norm: Callable[..., Any]
@@ -88,14 +88,14 @@ class Case(NamedTuple):
 
 
 class AllReduce(NamedTuple):
-    """An all-reduce of a compiled program: the part of the step that it is for, and the bytes of its operands."""
+    """An all-reduce of a compiled program: the part of the step it belongs to, and the bytes of its operands."""
 
     part: str
     size: int
 
 
 def cases(devices: int) -> list[Case]:
-    """What the table compares."""
+    """The cases that the table compares."""
     members = min(GROUP, devices)
     whole, grouped = {"devices": devices}, {"groups": devices // members, "members": members}
     return [
@@ -120,7 +120,7 @@ def train(model: ResNet, params: Any, batch_stats: Any, images: jax.Array, label
 
 
 def compiled_text(case: Case, blocks: tuple[int, ...]) -> str:
-    """The compiled training step."""
+    """The text of the compiled training step."""
     shape = tuple(case.mesh.values())
     mesh = Mesh(np.array(jax.devices()[: math.prod(shape)]).reshape(shape), tuple(case.mesh))
     model = ResNet(functools.partial(case.norm, use_running_average=False, axis_name=case.axis_name), blocks)
@@ -139,12 +139,12 @@ def compiled_text(case: Case, blocks: tuple[int, ...]) -> str:
         check_vma=True,
     )
     arguments = [spread(value, mesh, names) for value, names in zip(values, axes, strict=True)]
-    # LLVM's optimization comes after all that is read here, and takes time.
+    # LLVM optimizations do not change the collectives, and they take time.
     return jax.jit(step, compiler_options={"xla_backend_optimization_level": 0}).lower(*arguments).compile().as_text()
 
 
 def spread(values: Any, mesh: Mesh, names: tuple[str, ...]) -> Any:
-    """The whole arrays of which each place along the named axes of the mesh has such a part."""
+    """The shapes of the global arrays, of which each device along the named mesh axes holds such a part."""
     copies = math.prod(mesh.shape[name] for name in names)
 
     def whole(part: Any) -> jax.ShapeDtypeStruct:
@@ -155,7 +155,7 @@ def spread(values: Any, mesh: Mesh, names: tuple[str, ...]) -> Any:
 
 
 def check_network(variables: Any) -> None:
-    """The network is ResNet-50."""
+    """Check that the network is ResNet-50."""
     params, stats = (jax.tree.leaves(variables[name]) for name in ("params", "batch_stats"))
     found = (len(stats) // 2, sum(leaf.size for leaf in stats) // 2, sum(leaf.size for leaf in params))
     if found != (NORMS, CHANNELS, PARAMETERS):
@@ -163,21 +163,21 @@ def check_network(variables: Any) -> None:
 
 
 def all_reduces(text: str, case: Case) -> list[AllReduce]:
-    """The collectives of a compiled step, which has no others."""
+    """The all-reduces of a compiled step; raises ValueError for any other collective."""
     found = []
     for line in filter(OPERATION.search, text.splitlines()):
         match = ALL_REDUCE.search(line)
         if match is None:
-            raise ValueError(f"not an all-reduce as this script reads it: {line[:400]}")
+            raise ValueError(f"not an all-reduce that this script can read: {line[:400]}")
         shapes, groups, scopes = match.groups()
         axes = axes_of(groups, case)
-        if axes:  # one among one device each, which XLA leaves where an axis has size 1, sends nothing
+        if axes:  # XLA keeps an all-reduce over an axis of size 1, which sends nothing
             found.append(AllReduce(part_of(scopes, axes == {case.axis_name}), bytes_of(shapes)))
     return found
 
 
 def axes_of(groups: str, case: Case) -> set[str]:
-    """The axes of more than one place that an all-reduce goes along; XLA names them, or lists the places."""
+    """The axes of size above 1 that an all-reduce runs over; XLA gives their names or a list of devices."""
     if groups.startswith("mesh"):
         return {name for name in re.findall(r"'(\w+)'", groups.split("{")[1]) if case.mesh[name] > 1}
     first = [int(place) for place in re.findall(r"\d+", groups.split("}")[0])]
@@ -187,24 +187,24 @@ def axes_of(groups: str, case: Case) -> set[str]:
 
 
 def part_of(scopes: str, among_sharing: bool) -> str:
-    """What an all-reduce is for, by the scopes that its arrays come from, and by whether it is among those who share:
-    the gradients of scale and bias, summed over groups, have the scope of the backward sums."""
+    """The part of the step that an all-reduce belongs to, from the scopes of its arrays and from its devices. Gradients
+    of scale and bias that are summed over groups have the same scope as the backward sums."""
     backward, norm = "transpose(" in scopes, "BatchNorm_" in scopes
     if backward and (not among_sharing or re.search("(Conv|Dense)_", scopes)):
         return "gradients"
     if not norm or not among_sharing:
-        raise ValueError(f"an all-reduce from {scopes}, which is neither a norm's nor a gradient's.")
+        raise ValueError(f"an all-reduce from {scopes}, which belongs neither to a norm nor to gradients.")
     return "norm backward" if backward else "norm forward"
 
 
 def bytes_of(shapes: str) -> int:
-    """The bytes of all arrays in the type of an instruction, which for an all-reduce is that of its operands."""
+    """Bytes of all arrays in the type of an instruction; for an all-reduce, this is the type of its operands."""
     arrays = re.findall(r"[a-z]+(\d+)\[([\d,]*)\]", shapes)
     return sum(int(bits) // 8 * math.prod(map(int, filter(None, sizes.split(",")))) for bits, sizes in arrays)
 
 
 def row(devices: int, case: Case, blocks: tuple[int, ...]) -> str:
-    """A row of the table."""
+    """Compile a case and format its row of the table."""
     start = time.monotonic()
     found = all_reduces(compiled_text(case, blocks), case)
     sizes = [[each.size for each in found if each.part == part] for part in PARTS]
@@ -214,7 +214,7 @@ def row(devices: int, case: Case, blocks: tuple[int, ...]) -> str:
 
 
 def start_devices(count: int) -> None:
-    """CPU devices of that number, of which none computes."""
+    """Create this number of CPU devices; none of them computes."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", count)
     if count > ONE_PROCESS:
@@ -227,11 +227,11 @@ def start_devices(count: int) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--devices", type=int, nargs="+", default=[8, 64, 1024, 8192], help="how many devices")
-    parser.add_argument("--blocks", type=int, nargs="+", default=RESNET_50, help="how many blocks at each size")
+    parser.add_argument("--devices", type=int, nargs="+", default=[8, 64, 1024, 8192], help="numbers of devices")
+    parser.add_argument("--blocks", type=int, nargs="+", default=RESNET_50, help="number of blocks of each stage")
     options = parser.parse_args(arguments)
     if any(count < 2 or (count > GROUP and count % GROUP) for count in options.devices):
-        parser.error(f"--devices: from 2 to {GROUP}, or multiples of {GROUP}")
+        parser.error(f"--devices is {options.devices}: expected numbers from 2 to {GROUP}, or multiples of {GROUP}.")
     start_devices(max(options.devices))
     print("| devices | statistics |" + "".join(f" {part} | bytes |" for part in (*PARTS, "all")))
     print("|---:|---|" + "---:|" * 8)
