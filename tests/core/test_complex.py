@@ -205,7 +205,7 @@ REFUSED = {
         TypeError,
         "mean",
         "has dtype float32, but x has dtype complex64",
-        "an NNX module is made for complex x by dtype=jnp.complex64",
+        "For complex x, make an NNX module with dtype=jnp.complex64",
     ),
     "Flax's start": Refused(
         lambda: jbn.linen.BatchNorm(False).apply(

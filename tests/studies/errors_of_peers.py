@@ -84,8 +84,16 @@ ROWS = {
 }
 TAKEN = {"NaN in padding": ("jbn", "linen", "linen-2pass", "keras"), "uneven devices": ("jbn", "linen")}
 
-print(", ".join(f"{name} {importlib.metadata.version(name)}" for name in VERSIONS))
-print(f"{'':16}", *(f"{library:>12}" for library in LIBRARIES))
-for name, measured in ROWS.items():
-    cells = [f"{measured(one):12.2g}" if one in TAKEN.get(name, LIBRARIES) else f"{'':12}" for one in LIBRARIES]
-    print(f"{name:16}", *cells, flush=True)
+
+def main():
+    os.environ["KERAS_BACKEND"] = "jax"
+    jax.config.update("jax_num_cpu_devices", 2)
+    print(", ".join(f"{name} {importlib.metadata.version(name)}" for name in VERSIONS))
+    print(f"{'':16}", *(f"{library:>12}" for library in LIBRARIES))
+    for name, measured in ROWS.items():
+        cells = [f"{measured(one):12.2g}" if one in TAKEN.get(name, LIBRARIES) else f"{'':12}" for one in LIBRARIES]
+        print(f"{name:16}", *cells, flush=True)
+
+
+if __name__ == "__main__":
+    main()
