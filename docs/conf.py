@@ -41,15 +41,16 @@ copybutton_prompt_is_regexp = True
 
 default_role = "py:obj"
 autodoc_typehints = "none"  # the docstrings say types and shapes
+autodoc_preserve_defaults = True
 autodoc_member_order = "bysource"
 autosummary_generate = False
 napoleon_custom_sections = ["Returns", ("Source", "References")]  # "Returns" as text: it has no type before a colon
-napoleon_use_ivar = True
 
 
 def with_equations(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
     """Docstrings are plain text: their equations become formulas, and what has a meaning in reST is quoted."""
-    text = "\n".join(lines).replace("Raises:\n    Nothing.\n\n", "")
+    text = "\n".join(lines).replace("Raises:\n    Nothing.\n\n", "").replace("Attributes:\n", "Args:\n")
+    text = re.sub(r"\n\nSource:\n    jbn's own convention\.", "", text)
     paragraphs = text.split("\n\n")
     for number, paragraph in enumerate(paragraphs):
         if re.match(r"\w+:\n", paragraph) or ">>>" in paragraph:
@@ -71,7 +72,16 @@ def _quoted(text: str) -> str:
 def setup(app: Any) -> None:
     """Register what turns docstrings and formulas into HTML that needs neither a script nor a network."""
     app.connect("autodoc-process-docstring", with_equations, priority=400)  # before napoleon's
+    app.connect("autodoc-process-signature", as_it_is_written)
     app.add_html_math_renderer("mathml", (_inline, None), (_block, None))
+
+
+def as_it_is_written(app: Any, what: str, name: str, thing: Any, options: Any, signature: str, returned: str) -> Any:
+    """The signature of a Flax module without Flax's own arguments, and with the names of functions and types."""
+    signature = re.sub(r", parent=.*(?=\)$)", "", signature or "")
+    return re.sub(
+        r"<(?:function|class) '?([\w.]+)'?(?: at \w+)?>", lambda found: found[1].split(".")[-1], signature
+    ), returned
 
 
 def _inline(translator: Any, node: Any) -> None:

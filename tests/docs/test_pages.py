@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import inspect
 import io
 import os
 import re
@@ -10,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.public_names import PUBLIC
+from support.public_names import DOCUMENTED, PUBLIC
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -71,12 +72,29 @@ def test_the_reference_lists_every_public_name():
     assert sorted(listed) == sorted(summarized) == sorted(PUBLIC)
 
 
-def test_equations_of_docstrings_become_formulas_and_sentences_do_not():
+@pytest.fixture(scope="module")
+def equations():
     file = ROOT / "docs" / "equations.py"
     module = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("equations", file))
     spec.loader.exec_module(module)
-    assert module.equations("y = (x - mean) / sqrt(var + epsilon) * a,  var_i = sum(|x_i|**2)") == [
+    return module.equations
+
+
+def test_expressions_become_formulas_and_sentences_do_not(equations):
+    assert equations("y = (x - mean) / sqrt(var + epsilon) * a,  na = sum(|x_i|)**2\nz = (-a)**b / c * d") == [
         r"y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}} \cdot a",
-        r"\mathrm{var}_{i} = \mathrm{sum}\left(\left|x_{i}\right|^{2}\right)",
+        r"n_{a} = \left(\sum\left(\left|x_{i}\right|\right)\right)^{2}",
+        r"z = \frac{\left(-a\right)^{b}}{c} \cdot d",
     ]
-    assert module.equations("The sums run over x, where a = 1 holds.") is None
+    for text in ("The sums run over x, where a = 1 holds.", "y = sum(x, axis=0)", "Deprecated (soon)."):
+        assert equations(text) is None
+
+
+def test_every_equation_of_a_docstring_is_a_formula_on_the_site(equations):
+    """A paragraph that starts like an equation is one."""
+    offenders = []
+    for name, value in DOCUMENTED.items():
+        for paragraph in (inspect.getdoc(value) or "").split("\n\n"):
+            if re.match(r"[\w.()]+ = ", paragraph) and not equations(paragraph):
+                offenders.append(f"{name}: {paragraph}")
+    assert offenders == []
