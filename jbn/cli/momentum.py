@@ -40,7 +40,9 @@ def run(given: dict[str, Any]) -> int:
         if not least <= value < math.inf:
             raise OptionError(f"{flag} is {value}: expected a finite number of at least {least}.")
     if steps > MOST_STEPS:
-        raise OptionError(f"--steps is {steps}: expected at most {MOST_STEPS}, because it sums over all steps.")
+        raise OptionError(
+            f"--steps is {steps}: expected at most {MOST_STEPS}, because the command sums over all steps."
+        )
     best = diagnostics.best_momentum(steps, size, distance)
     named: dict[str, Any] = {f"{momentum:g}": momentum for momentum in USUAL}
     rounded = written(best)

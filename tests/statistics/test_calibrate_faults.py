@@ -48,7 +48,7 @@ ARGUMENTS = {
     ),
     "no statistics": Refused(calibrate(state={"a": X}), ValueError, "state", "holds no statistics", "`mean` and `var`"),
     "half precision": Refused(
-        calibrate(state={"stem": HALF}), TypeError, "state", "`mean` in bfloat16 at stem", "Convert it by `.astype`"
+        calibrate(state={"stem": HALF}), TypeError, "state", "`mean` in bfloat16 at stem", "Convert it with `.astype`"
     ),
     "state traced": Refused(
         jitted(calibrate(), state=STATE), TypeError, "state", "is traced", "call it outside of jit, and jit `step`"
@@ -143,7 +143,7 @@ STEPS = {
         calibrate(weights=lambda x: np.float32([0, 1, 0])),
         ValueError,
         "step",
-        "(the tree itself) at features 0, 2 has weight 0 in each batch",
+        "(the tree itself) at features 0, 2 has weight 0 in every batch",
         "give `weights` above 0",
     ),
     "a feature that is finite in no batch, at a small weight": Refused(
