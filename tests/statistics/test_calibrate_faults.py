@@ -83,7 +83,7 @@ ARGUMENTS = {
         calibrate(state={"stem": STATE}, weights=lambda x: {"head": X[0]}),
         ValueError,
         "weights",
-        "gives a weight at head for batch 0",
+        "gives batch 0 a weight at head",
         "a tree like `state`",
     ),
     "weights of a part of the tree": Refused(
@@ -91,7 +91,7 @@ ARGUMENTS = {
         ValueError,
         "weights",
         "gives None at b for batch 0",
-        "an array of weights by feature for each norm",
+        "an array of weights for each norm, one per feature",
     ),
     "batches of numbers": Refused(
         calibrate(batches=[[3.0, 4]]),
