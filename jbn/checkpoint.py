@@ -1,4 +1,4 @@
-"""Reading trees from checkpoints of orbax and flax.serialization, with or without a target to check against."""
+"""Functions that read checkpoints of orbax and flax.serialization, with or without a target tree to check against."""
 
 import os
 from collections.abc import Callable
@@ -24,9 +24,9 @@ def restore(path: str | Path, target: Any) -> Any:
 
     tree = restore(saved(tree), tree)
 
-    Both formats store `Params` and `State` as dicts, and `restore` uses the types of `target`. A checkpoint of jbn 0.1
-    has one count for all features of a norm. If the target has one for each feature, the count is converted as in
-    `jbn.upgrade`.
+    Both formats store `Params` and `State` as dicts, and `restore` returns them with the types of `target`. A
+    checkpoint of jbn 0.1 has one count for all features of a norm. If the target has one for each feature, the count is
+    converted as in `jbn.upgrade`.
 
     Args:
         path: a directory that `orbax.checkpoint.StandardCheckpointer` wrote (`step/default` in the directory of a

@@ -193,8 +193,8 @@ def running_against_population(state: Any, population: Any, *, epsilon: float = 
         ax: matplotlib axes to draw into; None creates a figure.
 
     Returns:
-        The axes. Channels with statistics that are unset or not finite are not drawn; the label of the norm counts
-        them.
+        The axes. Channels with statistics that are unset or not finite are not drawn. The label of the norm gives their
+        number.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -232,7 +232,7 @@ def standard_deviations(state: Any, *, ax: Any = None) -> Axes:
         ax: matplotlib axes to draw into; None creates a figure.
 
     Returns:
-        The axes. Channels that are dead, unset or not finite are not drawn; the label of the norm counts them.
+        The axes. Channels that are dead, unset or not finite are not drawn. The label of the norm gives their number.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.

@@ -120,8 +120,7 @@ def merge(*moments: Moments) -> Moments:
     These are the equations for two batches a and b; `merge` takes any number of batches.
 
     Args:
-        *moments: Moments that all have the same feature shape. A feature with count 0 has no effect, even if it holds
-            NaN.
+        *moments: Moments with the same feature shape. A feature with count 0 has no effect, even if it holds NaN.
 
     Returns:
         Moments of the union, of the same shape.

@@ -9,7 +9,7 @@ import numpy as np
 from jbn._statistics.faults import named
 from jbn._statistics.nodes import Forest, Path, shown
 
-WEIGHTS = "expected a number of at least 0, or a tree like `state` with an array of weights for each norm, one per feature"
+WEIGHTS = "expected a number of at least 0, or a tree like `state` with an array for each norm: one weight per feature"
 
 
 def weights_by_feature(
@@ -44,7 +44,7 @@ def _examples(batch: Any, number: int) -> int:
     if len(sizes) != 1:
         what = f"has arrays with leading axes of sizes {sizes}" if sizes else "has no array with a leading axis"
         raise ValueError(
-            f"`batches` gave batch {number}, which {what}: expected one size, the number of examples. Give `weights`, "
-            "a function from a batch to its weight."
+            f"`batches` yielded batch {number}, which {what}: expected one size, the number of examples. Give "
+            "`weights`, a function from a batch to its weight."
         )
     return sizes[0]

@@ -127,7 +127,7 @@ def calibrate(
         totals = {path: _merged(total, given[path], found[path]) for path, total in totals.items()}
         weighed = {path: before | (given[path] > 0) for path, before in weighed.items()}
     if last is None:
-        raise ValueError("`batches` gave no batch with a weight above 0: expected at least one.")
+        raise ValueError("`batches` yielded no batch with a weight above 0: expected at least one.")
     check_known({path: total.batches for path, total in totals.items()}, weighed, last)
     return forest.replaced({path: _as_before(path, forest.at(path), total) for path, total in totals.items()})
 

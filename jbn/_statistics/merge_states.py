@@ -16,7 +16,7 @@ from jbn._statistics import nodes
 
 
 def merge_states(*trees: Any, weights: Sequence[ArrayLike] | None = None) -> Any:
-    """Merge the running statistics of replicas into those of one population, by the law of total variance.
+    """Merge the running statistics of replicas by the law of total variance.
 
     mean = sum(w_i * mean_i),  var = sum(w_i * (var_i + |mean_i - mean|**2))
     w = weights / sum(weights)

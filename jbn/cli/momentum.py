@@ -16,7 +16,7 @@ COLUMNS = ("momentum", "start left", "half-life", "batches averaged", "error of 
 LEGEND = """start left: weight of the initial values (mean 0 and variance 1) in the running statistics
 half-life: number of steps after which an old value keeps half of its weight
 batches averaged: the plain average of this many batches has the same noise
-error of mean: expected error of the running mean, root mean square, in standard deviations of the data
+error of mean: expected root mean square error of the running mean, in standard deviations of the data
 bias, spread of var: mean and standard deviation of the error of the running variance; the data has variance 1"""
 
 

@@ -178,8 +178,7 @@ def expected_error(momentum: float | Schedule, steps: int, batch_size: int, dist
     error = m**(2*steps) * distance**2 + (1 - m)/(1 + m) * (1 - m**(2*steps)) / batch_size
 
     The first term is squared bias, the second is noise. A larger momentum raises the bias and lowers the noise. The
-    values are assumed to be independent and from one population; drift of the activations during training is not
-    included.
+    values are assumed to be independent and from one population. Drift of the activations in training is not included.
 
     Args:
         momentum: share of the old value kept at an update, or a schedule from the count of updates to it.

@@ -44,7 +44,7 @@ ARGUMENTS = {
     "select": Refused(calibrate(select="stem"), TypeError, "select", "is 'stem'", "expected a function of path"),
     "batches": Refused(calibrate(batches=3), TypeError, "batches", "is a int", "an iterable of batches for `step`"),
     "no batches": Refused(
-        calibrate(batches=[]), ValueError, "batches", "gave no batch with a weight above 0", "at least one"
+        calibrate(batches=[]), ValueError, "batches", "yielded no batch with a weight above 0", "at least one"
     ),
     "no statistics": Refused(calibrate(state={"a": X}), ValueError, "state", "holds no statistics", "`mean` and `var`"),
     "half precision": Refused(
@@ -91,13 +91,13 @@ ARGUMENTS = {
         ValueError,
         "weights",
         "gives None at b for batch 0",
-        "an array of weights for each norm, one per feature",
+        "an array for each norm: one weight per feature",
     ),
     "batches of numbers": Refused(
         calibrate(batches=[[3.0, 4]]),
         ValueError,
         "batches",
-        "gave batch 0, which has no array with a leading axis",
+        "yielded batch 0, which has no array with a leading axis",
         "Give `weights`",
     ),
     "no tqdm": Refused(
