@@ -96,9 +96,9 @@ def update(state: State, moments: Moments, *, momentum: float | Schedule = 0.99,
     new = momentum * old + (1 - momentum) * batch
 
     Each feature is updated on its own. It keeps its mean, variance and count if the batch has no value for it (under
-    "unbiased", fewer than two), or if the new statistics would not be finite. Unset statistics are replaced by the
-    batch's biased moments. Other statistics that are not finite indicate a fault and are never replaced. A schedule
-    that gives NaN updates nothing.
+    "unbiased", fewer than two), or if the new statistics would not be finite. The batch's biased moments replace unset
+    statistics. Other statistics that are not finite indicate a fault and are never replaced. A schedule that gives NaN
+    updates nothing.
 
     Args:
         state: running statistics of the feature shape.

@@ -29,7 +29,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--batch-size", type=int, default=32, help=size)
     distance = "distance between the initial mean and the mean of the data, in standard deviations of the data"
     parser.add_argument("--distance", type=float, default=1.0, help=f"{distance} (default: %(default)s)")
-    parser.add_argument("--plot", metavar="FILE", help="draw the picture to this file, such as momentum.png")
+    parser.add_argument(
+        "--plot", metavar="FILE", help="write a picture of the results to this file, such as momentum.png"
+    )
     parser.set_defaults(run=run)
 
 
@@ -76,7 +78,7 @@ def _advice(rounded: str, best: float) -> str:
         f"Use momentum={rounded}, or better jbn.momentum.warmup({rounded}), which gives the initial values no weight.\n"
         "These figures assume that the distribution of the data does not change. While a network learns, it does "
         "change:\nthe faster the network learns, the smaller the momentum should be. After training, "
-        "jbn.calibrate replaces\nthe running statistics by population statistics."
+        "jbn.calibrate replaces\nthe running statistics with population statistics."
     )
 
 
