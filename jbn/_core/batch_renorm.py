@@ -126,7 +126,7 @@ def batch_renorm(
 
 @dataclasses.dataclass(frozen=True)
 class Correction:
-    """The correction of a batch towards the state, applied to scale and bias.
+    """The correction of a batch toward the state, applied to scale and bias.
 
     (xhat * r + d) * scale + bias = xhat * (r * scale) + (d * scale + bias)
 
