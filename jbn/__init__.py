@@ -1,4 +1,4 @@
-"""Batch normalization for JAX: a pure function whose running statistics are right."""
+"""Batch normalization for JAX: a pure function with correct running statistics."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

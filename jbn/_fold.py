@@ -28,17 +28,17 @@ def fold(
 
     The result is exact for inference with any padding, stride and number of groups, since the norm acts on the output
     of the layer. Apply the activation of the norm after the folded layer. If a kernel has its output features on two
-    axes, reshape the vectors of the norm to both. A depthwise kernel of Keras, (height, width, channels, multiplier),
-    takes vectors of shape (channels, multiplier) and `output_axis=(-2, -1)`. For a grouped transposed convolution of
-    PyTorch, reshape the vectors to (groups, out) and the kernel to (groups, in, out, height, width), with
-    `output_axis=(0, 2)`.
+    axes, reshape the vectors of the norm to the shape of these axes. A depthwise kernel of Keras, (height, width,
+    channels, multiplier), takes vectors of shape (channels, multiplier) and `output_axis=(-2, -1)`. For a grouped
+    transposed convolution of PyTorch, reshape the vectors to (groups, out) and the kernel to (groups, in, out, height,
+    width), with `output_axis=(0, 2)`.
 
     Args:
         params: scale and bias of the norm; either may be None.
         state: running mean and variance of the norm; unset statistics give NaN.
         kernel: float array of any rank, with its output features on `output_axis`.
-        bias: float array of the feature shape; None means 0, for a layer without a bias. The folded layer has a bias.
-            A convolution of Equinox has a bias with trailing axes of size 1: give `bias[:, 0, 0]`.
+        bias: float array of the feature shape; None means 0, for a layer without a bias. The folded layer always has a
+            bias. The bias of an Equinox convolution has trailing axes of size 1: pass `bias[:, 0, 0]`.
         epsilon: epsilon of the norm.
         output_axis: axis, or axes, of the kernel's output features: -1 in Flax, Keras and Haiku, 0 in PyTorch and
             Equinox. For transposed convolutions it is -2 in Keras and Haiku and in Flax with `transpose_kernel`, and 1
@@ -48,7 +48,7 @@ def fold(
         The kernel, with its shape and dtype unchanged, and the bias, of the feature shape and the kernel's dtype.
 
     Raises:
-        TypeError: an argument has a wrong type or dtype.
+        TypeError: an argument has the wrong type or dtype.
         ValueError: a shape does not fit, or epsilon is not positive.
 
     Example:

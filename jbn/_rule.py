@@ -105,7 +105,7 @@ def _check_elementwise(activation: Callable[..., Any], shape: tuple[int, ...], d
         program, after = jax.make_jaxpr(lambda y: activation(y), return_shape=True)(before)
     except (TypeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
-        raise TypeError(f"`activation` is {shown!r}, which fails on a trace ({reason}): {ELEMENTWISE}.") from error
+        raise TypeError(f"`activation` is {shown!r}, which cannot be traced ({reason}): {ELEMENTWISE}.") from error
     captured = [value for value in program.consts if isinstance(value, Tracer)]
     if captured:
         raise ValueError(
@@ -179,7 +179,7 @@ def checked_ghost_batches(ghost_batch_size: Any, x: jax.Array, axes: Axes) -> in
         raise TypeError(f"`ghost_batch_size` is {ghost_batch_size!r}: expected an int or None.") from None
     if 0 in axes.feature:
         raise ValueError(
-            f"`ghost_batch_size` divides the first axis of x, which is a feature axis here ({axes.feature}): "
+            f"`ghost_batch_size` splits the first axis of x, which is a feature axis here ({axes.feature}): "
             "move the batch to the first axis."
         )
     if not isinstance(x.shape[0], int):

@@ -1,4 +1,4 @@
-"""Reading trees from checkpoints of orbax and flax.serialization, with or without a target to check against."""
+"""Functions that read checkpoints of orbax and flax.serialization, with or without a target tree to check against."""
 
 import os
 from collections.abc import Callable
@@ -24,8 +24,9 @@ def restore(path: str | Path, target: Any) -> Any:
 
     tree = restore(saved(tree), tree)
 
-    Both formats store `Params` and `State` as dicts, and `restore` uses the types of `target`. A count of jbn 0.1, one
-    for all features of a norm, is converted as by `jbn.upgrade` if the target has one for each feature.
+    Both formats store `Params` and `State` as dicts, and `restore` returns them with the types of `target`. A
+    checkpoint of jbn 0.1 has one count for all features of a norm. If the target has one for each feature, the count is
+    converted as in `jbn.upgrade`.
 
     Args:
         path: a directory that `orbax.checkpoint.StandardCheckpointer` wrote (`step/default` in the directory of a
@@ -35,11 +36,11 @@ def restore(path: str | Path, target: Any) -> Any:
 
     Returns:
         The tree, with the structure of `target` and jax arrays. A leaf is a NumPy array if the target of an orbax
-        checkpoint has one there, or if it has 64 bits and jax has not enabled them.
+        checkpoint has one there, or if its dtype has 64 bits and `jax_enable_x64` is off.
 
     Raises:
         FileNotFoundError: nothing exists at `path`.
-        PermissionError: `path` may not be read.
+        PermissionError: `path` is not readable.
         TypeError: `path` is not a path, or `target` has a leaf that is neither an array nor a number. Convert random
             keys with `jax.random.key_data`.
         ValueError: the file is truncated or not a checkpoint, or its tree does not match. The error lists what is
@@ -103,11 +104,12 @@ def read(path: str | Path) -> Any:
 
 
 def latest(path: str | Path) -> Path:
-    """Find the latest checkpoint in a folder, such as that of orbax's CheckpointManager.
+    """Find the latest checkpoint in a folder, such as the directory of an orbax CheckpointManager.
 
     Args:
-        path: a checkpoint, which is returned, or a folder. In a folder it is searched in the subfolder `checkpoints`,
-            then in the subfolder with the highest number, then as the only item.
+        path: a checkpoint, which is returned, or a folder. `latest` searches the subfolder `checkpoints` or, without
+            one, the subfolder with the highest number. A folder without such subfolders must contain exactly one
+            checkpoint.
 
     Returns:
         Path of the checkpoint.
@@ -115,7 +117,7 @@ def latest(path: str | Path) -> Path:
     Raises:
         FileNotFoundError: nothing exists at `path`.
         TypeError: `path` is not a path.
-        ValueError: the folder has no checkpoint, or several items.
+        ValueError: the folder that was searched has no checkpoint, or several.
 
     Example:
         >>> import tempfile, pathlib
@@ -142,7 +144,7 @@ def latest(path: str | Path) -> Path:
     items = [folder for folder in path.iterdir() if (folder / ORBAX_MARK).exists()]
     if len(items) != 1:
         found = ", ".join(sorted(item.name for item in items)) or "none"
-        raise ValueError(f"`path` is {path}, a folder with {len(items)} checkpoints of orbax ({found}): name one.")
+        raise ValueError(f"`path` is {path}, a folder with {len(items)} checkpoints of orbax ({found}): give one.")
     return items[0]
 
 
@@ -167,7 +169,7 @@ def _read_orbax(path: Path) -> Any:
 def _metadata(checkpointer: ocp.StandardCheckpointer, path: Path) -> Any:
     metadata = checkpointer.metadata(path).item_metadata
     if metadata is None:
-        raise ValueError("it has no orbax metadata; in the directory of a CheckpointManager give step/default")
+        raise ValueError("it has no orbax metadata; in the directory of a CheckpointManager, give step/default")
     return metadata.tree
 
 

@@ -29,8 +29,9 @@ class BatchNorm(nn.Module):
 
     Attributes:
         use_running_average: True normalizes by the running statistics; set it here or at the call.
-        axis: axis, or axes, with statistics of their own.
-        momentum: share of the old value kept at an update, or a schedule from a feature's count of updates to it.
+        axis: axis or axes of the features; statistics are computed over all other axes.
+        momentum: share of the old value kept at an update, or a schedule that computes it from a feature's count of
+            updates.
         epsilon: added to the variance.
         dtype: dtype of the result; None means the dtype to which x, scale and bias promote, as in Flax.
         param_dtype: dtype of scale and bias.
@@ -39,10 +40,10 @@ class BatchNorm(nn.Module):
         bias_init: initializer of the bias.
         scale_init: initializer of the scale.
         axis_name: mapped axis or axes to share statistics over.
-        axis_index_groups: groups of indices along that axis; statistics are shared only within a group.
-        use_fast_variance: has no effect; the variance is always exact, at the speed of Flax's fast one.
-        force_float32_reductions: has no effect; reductions and statistics are always at least float32.
-        running_var: which variance the running average takes: "biased", "unbiased" or "total".
+        axis_index_groups: groups of indices on that axis that share statistics, such as [[0, 1], [2, 3]].
+        use_fast_variance: has no effect; the variance is always exact, and as fast as Flax's fast variance.
+        force_float32_reductions: has no effect; reductions and statistics always use at least float32.
+        running_var: which variance the running average uses: "biased", "unbiased" or "total".
         ghost_batch_size: number of examples in a ghost batch; each ghost batch is normalized on its own.
         activation: elementwise function, applied in float32 before the cast to `dtype`; it must not capture a traced
             value.
@@ -101,21 +102,21 @@ class BatchNorm(nn.Module):
         """Normalize x per feature, and update `batch_stats` in training.
 
         Args:
-            x: float32, float64, bfloat16, float16, complex64 or complex128 array; complex x has a complex64 mean.
+            x: float32, float64, bfloat16, float16, complex64 or complex128 array; the mean of complex x is complex64.
             use_running_average: True normalizes by the running statistics; set it here or at construction.
-            mask: boolean array, True for valid values; of the shape of x without its feature axes, or of the rank of
-                x; any axis may have size 1. A mask that fits neither is aligned with the last axes of x, as in Flax.
-                Masked values affect nothing, and their outputs are 0.
-            shortcut: float array of the shape of x that a residual block adds before its activation.
+            mask: boolean array, True for valid values. It has the shape of x without the feature axes, or the rank of
+                x. Any axis may have size 1. A mask that fits neither is aligned with the last axes of x, as in Flax.
+                Masked values, even NaN, have no effect, and their output is 0.
+            shortcut: float array with the shape of x that a residual block adds before its activation.
             update_statistics: False leaves `batch_stats` unchanged; None uses the attribute of the module.
 
         Returns:
-            The result, of the shape of x.
+            The result, with the shape of x.
 
         Raises:
             NameError: no transformation binds `axis_name`.
-            TypeError: an argument has a wrong type or dtype.
-            ValueError: a shape or value does not fit, or statistics that a schedule would update have no `count`.
+            TypeError: an argument has the wrong type or dtype.
+            ValueError: a shape or value does not fit, or a schedule would update statistics that have no `count`.
         """
         averaged = self.use_running_average
         if not self.frozen:
@@ -157,7 +158,7 @@ class BatchNorm(nn.Module):
 
 
 class BatchRenorm(BatchNorm):
-    """Batch renormalization: a `BatchNorm` that corrects its training output towards the running statistics.
+    """Batch renormalization: a `BatchNorm` that corrects its training output toward the running statistics.
 
     out = activation((xhat * r + d) * scale + bias + shortcut)
 
@@ -165,10 +166,10 @@ class BatchRenorm(BatchNorm):
     and `count` is stored if a bound or the momentum is a schedule.
 
     Attributes:
-        r_max: bound of r, at least 1, or a schedule from a feature's count of updates to it; by default 1 for the
-            first 5,000 updates, then rising to 3 at 40,000.
-        d_max: bound of d, at least 0, or a schedule; by default 0 for the first 5,000 updates, then rising to 5 at
-            25,000.
+        r_max: bound of r, at least 1, or a schedule that computes it from a feature's count of updates. The default
+            stays at 1 for the first 5,000 updates, then rises to 3 at 40,000.
+        d_max: bound of d, at least 0, or a schedule. The default stays at 0 for the first 5,000 updates, then rises to
+            5 at 25,000.
 
     Example:
         >>> import jax, jax.numpy as jnp

@@ -19,7 +19,7 @@ def cumulative() -> Schedule:
     momentum(t) = t / (t + 1)
 
     Returns:
-        Schedule from the count of updates so far, an int32 scalar, to a momentum, a float scalar.
+        Schedule: a function from the count of updates so far (an int32 scalar) to a momentum (a float scalar).
 
     Raises:
         Nothing.
@@ -46,7 +46,7 @@ def warmup(momentum: float) -> Schedule:
         momentum: share of the old value kept after the warmup, in [0, 1].
 
     Returns:
-        Schedule from the count of updates so far, an int32 scalar, to a momentum, a float scalar.
+        Schedule: a function from the count of updates so far (an int32 scalar) to a momentum (a float scalar).
 
     Raises:
         TypeError: momentum is not a number.
@@ -76,7 +76,7 @@ def debiased(momentum: float) -> Schedule:
         momentum: m, in [0, 1].
 
     Returns:
-        Schedule from the count of updates so far, an int32 scalar, to a momentum, a float scalar.
+        Schedule: a function from the count of updates so far (an int32 scalar) to a momentum (a float scalar).
 
     Raises:
         TypeError: momentum is not a number.
@@ -153,7 +153,7 @@ def from_torch(momentum: float | None) -> float | Schedule:
 
 
 def at(momentum: Any, count: jax.Array, dtype: Any) -> jax.Array:
-    """Evaluate a momentum, which is a number or a schedule, at one update.
+    """Evaluate a momentum, which is a number or a schedule, at a count of updates.
 
     result = clip(momentum(count), 0, 1)
 
@@ -168,7 +168,7 @@ def at(momentum: Any, count: jax.Array, dtype: Any) -> jax.Array:
         Scalar array in [0, 1].
 
     Raises:
-        TypeError: momentum is neither a number nor a function to a scalar.
+        TypeError: momentum is neither a number nor a function that returns a scalar.
         ValueError: momentum is a number outside [0, 1].
 
     Example:

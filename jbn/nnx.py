@@ -35,9 +35,11 @@ class BatchNorm(nnx.Module):
 
     Args:
         num_features: number of features, or their shape if several axes have statistics of their own.
-        use_running_average: True normalizes by the running statistics; the call, `train()` and `eval()` override it.
-        axis: axis, or axes, with statistics of their own.
-        momentum: share of the old value kept at an update, or a schedule from a feature's count of updates to it.
+        use_running_average: True normalizes by the running statistics; the call overrides it, and `train()` and
+            `eval()` change it.
+        axis: axis or axes of the features; statistics are computed over all other axes.
+        momentum: share of the old value kept at an update, or a schedule that computes it from a feature's count of
+            updates.
         epsilon: added to the variance.
         dtype: dtype of the result; None means the dtype to which x, the statistics, scale and bias promote, as in
             Flax. A complex dtype makes the mean complex64, for complex x.
@@ -47,10 +49,10 @@ class BatchNorm(nnx.Module):
         bias_init: initializer of the bias.
         scale_init: initializer of the scale.
         axis_name: mapped axis or axes to share statistics over.
-        axis_index_groups: groups of indices along that axis; statistics are shared only within a group.
-        use_fast_variance: has no effect; the variance is always exact, at the speed of Flax's fast one.
-        promote_dtype: has no effect; the arithmetic is always at least float32.
-        running_var: which variance the running average takes: "biased", "unbiased" or "total".
+        axis_index_groups: groups of indices on that axis that share statistics, such as [[0, 1], [2, 3]].
+        use_fast_variance: has no effect; the variance is always exact, and as fast as Flax's fast variance.
+        promote_dtype: has no effect; the arithmetic always uses at least float32.
+        running_var: which variance the running average uses: "biased", "unbiased" or "total".
         ghost_batch_size: number of examples in a ghost batch; each ghost batch is normalized on its own.
         activation: elementwise function, applied in float32 before the cast to `dtype`; it must not capture a traced
             value.
@@ -158,18 +160,18 @@ class BatchNorm(nnx.Module):
             x: float32, float64, bfloat16 or float16 array; or complex64 or complex128, for a module with a complex
                 `dtype`.
             use_running_average: True normalizes by the running statistics; None uses the attribute of the module.
-            mask: boolean array, True for valid values; of the shape of x without its feature axes, or of the rank of
-                x; any axis may have size 1. A mask that fits neither is aligned with the last axes of x, as in Flax.
-                Masked values affect nothing, and their outputs are 0.
-            shortcut: float array of the shape of x that a residual block adds before its activation.
+            mask: boolean array, True for valid values. It has the shape of x without the feature axes, or the rank of
+                x. Any axis may have size 1. A mask that fits neither is aligned with the last axes of x, as in Flax.
+                Masked values, even NaN, have no effect, and their output is 0.
+            shortcut: float array with the shape of x that a residual block adds before its activation.
             update_statistics: False leaves the running statistics unchanged; None uses the attribute of the module.
 
         Returns:
-            The result, of the shape of x.
+            The result, with the shape of x.
 
         Raises:
             NameError: no transformation binds `axis_name`.
-            TypeError: an argument has a wrong type or dtype.
+            TypeError: an argument has the wrong type or dtype.
             ValueError: a shape or value does not fit, or a schedule would overwrite statistics that have no count.
                 The latter cannot be checked inside nnx.jit, where values are traced.
         """
@@ -194,7 +196,7 @@ class BatchNorm(nnx.Module):
         return out
 
     def set_view(self, use_running_average: bool | None = None) -> None:
-        """Set what `nnx.view(model, use_running_average=...)` passes on.
+        """Set the mode for `nnx.view(model, use_running_average=...)`.
 
         Args:
           use_running_average: True normalizes by the running statistics; None leaves the attribute unchanged.
@@ -234,7 +236,7 @@ class BatchNorm(nnx.Module):
 
 
 class BatchRenorm(BatchNorm):
-    """Batch renormalization: a `BatchNorm` that corrects its training output towards the running statistics.
+    """Batch renormalization: a `BatchNorm` that corrects its training output toward the running statistics.
 
     out = activation((xhat * r + d) * scale + bias + shortcut)
 
@@ -243,10 +245,10 @@ class BatchRenorm(BatchNorm):
 
     Args:
         num_features: number of features, or their shape if several axes have statistics of their own.
-        r_max: bound of r, at least 1, or a schedule from a feature's count of updates to it; by default 1 for the
-            first 5,000 updates, then rising to 3 at 40,000.
-        d_max: bound of d, at least 0, or a schedule; by default 0 for the first 5,000 updates, then rising to 5 at
-            25,000.
+        r_max: bound of r, at least 1, or a schedule that computes it from a feature's count of updates. The default
+            stays at 1 for the first 5,000 updates, then rises to 3 at 40,000.
+        d_max: bound of d, at least 0, or a schedule. The default stays at 0 for the first 5,000 updates, then rises to
+            5 at 25,000.
         rngs: keys for the initializers.
         **options: options of `BatchNorm`.
 

@@ -44,7 +44,7 @@ def moving_average(
         running: (n,) array with the running statistic after each step.
         population: the population statistic, or None.
         statistic: name of the statistic, for the title and the label of the axis.
-        ax: matplotlib axes to draw into; None makes a figure.
+        ax: matplotlib axes to draw into; None creates a figure.
 
     Returns:
         The axes.
@@ -52,7 +52,7 @@ def moving_average(
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
         TypeError: ax is not a matplotlib axes.
-        ValueError: steps, batches and running do not have one shape (n,).
+        ValueError: steps, batches and running do not all have the same shape (n,).
 
     Example:
         >>> import matplotlib; matplotlib.use("agg")
@@ -86,12 +86,12 @@ def initial_weight(steps: int, momenta: Mapping[str, float | Schedule] = MOMENTA
 
     weight = prod(m_t)
 
-    m_t is the momentum of update t. For a number the weight after t updates is momentum ** t.
+    m_t is the momentum of update t. For a constant momentum the weight after t updates is momentum ** t.
 
     Args:
         steps: number of updates to show, an int of at least 1.
-        momenta: numbers or schedules, by the names for the legend.
-        ax: matplotlib axes to draw into; None makes a figure.
+        momenta: mapping from names for the legend to numbers or schedules.
+        ax: matplotlib axes to draw into; None creates a figure.
 
     Returns:
         The axes.
@@ -139,7 +139,7 @@ def error_against_momentum(
         steps: number of updates, an int of at least 1.
         batch_size: number of independent values in the mean of a batch, an int of at least 1.
         distances: distances of the initial mean from the population mean, in standard deviations.
-        ax: matplotlib axes to draw into; None makes a figure.
+        ax: matplotlib axes to draw into; None creates a figure.
 
     Returns:
         The axes.
@@ -160,7 +160,7 @@ def error_against_momentum(
     """
     checked_count("steps", steps, 1)
     if np.ndim(distances) != 1 or not len(distances):
-        raise ValueError(f"`distances` is {distances!r}: expected a sequence of at least one, in standard deviations.")
+        raise ValueError(f"`distances` is {distances!r}: expected a sequence of numbers, at least one.")
     ax = _axes(ax)
     rates = np.geomspace(1, 1e-2 / steps, POINTS)
     for place, distance in enumerate(distances):
@@ -190,11 +190,11 @@ def running_against_population(state: Any, population: Any, *, epsilon: float = 
         state: a tree of running statistics, of any kind that `jbn.calibrate` accepts.
         population: a tree with the same nodes, as `jbn.calibrate` returns it.
         epsilon: epsilon of the norms.
-        ax: matplotlib axes to draw into; None makes a figure.
+        ax: matplotlib axes to draw into; None creates a figure.
 
     Returns:
-        The axes. Channels with statistics that are unset or not finite are not drawn; the label of the norm counts
-        them.
+        The axes. Channels with statistics that are unset or not finite are not drawn. The label of the norm gives their
+        number.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -229,10 +229,10 @@ def standard_deviations(state: Any, *, ax: Any = None) -> Axes:
 
     Args:
         state: a tree of running statistics, of any kind that `jbn.calibrate` accepts.
-        ax: matplotlib axes to draw into; None makes a figure.
+        ax: matplotlib axes to draw into; None creates a figure.
 
     Returns:
-        The axes. Channels that are dead, unset or not finite are not drawn; the label of the norm counts them.
+        The axes. Channels that are dead, unset or not finite are not drawn. The label of the norm gives their number.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.

@@ -18,12 +18,12 @@ def r_max(limit: float = 3.0, *, begin: int = 5_000, end: int = 40_000) -> Sched
     r_max(t) = 1 + (limit - 1) * clip((t - begin) / (end - begin), 0, 1)
 
     Args:
-        limit: the bound from `end` on, at least 1. The defaults are the published ones.
+        limit: the bound from `end` on, at least 1. The default values are those of the paper.
         begin: count of updates at which the bound begins to rise.
         end: count of updates at which the bound reaches the limit, more than `begin`.
 
     Returns:
-        Schedule from the count of updates so far, an int32 scalar, to a bound, a float scalar.
+        Schedule: a function from the count of updates so far (an int32 scalar) to a bound (a float scalar).
 
     Raises:
         TypeError: an argument is not a number.
@@ -47,12 +47,12 @@ def d_max(limit: float = 5.0, *, begin: int = 5_000, end: int = 25_000) -> Sched
     d_max(t) = limit * clip((t - begin) / (end - begin), 0, 1)
 
     Args:
-        limit: the bound from `end` on, at least 0. The defaults are the published ones.
+        limit: the bound from `end` on, at least 0. The default values are those of the paper.
         begin: count of updates at which the bound begins to rise.
         end: count of updates at which the bound reaches the limit, more than `begin`.
 
     Returns:
-        Schedule from the count of updates so far, an int32 scalar, to a bound, a float scalar.
+        Schedule: a function from the count of updates so far (an int32 scalar) to a bound (a float scalar).
 
     Raises:
         TypeError: an argument is not a number.

@@ -47,29 +47,30 @@ def batch_norm(
     Args:
         params: scale and bias of the feature shape; either may be None.
         state: running mean, variance and count of updates. The training output does not depend on it.
-        x: float32, float64, bfloat16 or float16 array; the arithmetic is in float32 at least. x may also be complex64
-            or complex128, with a state from `init(features, jnp.complex64)`. The variance is the mean of |x - mean|**2.
+        x: float32, float64, bfloat16 or float16 array; the arithmetic uses at least float32. x may also be complex64 or
+            complex128, with a state from `init(features, jnp.complex64)`. The variance is the mean of |x - mean|**2.
         train: Python bool. True normalizes by batch statistics and updates the state.
-        momentum: share of the old value kept at an update, or a schedule: a function from a feature's count of
-            updates, an int32 scalar, to that share.
+        momentum: share of the old value kept at an update, or a schedule: a function that computes this share from a
+            feature's count of updates, an int32 scalar.
         epsilon: added to the variance.
-        feature_axis: the axis or axes that have statistics of their own; all others are reduced.
-        mask: boolean array, True for valid values. It has the shape of x without its feature axes, or the rank of x;
-            any axis may have size 1. Masked values have no effect, even NaN; their output and gradient are 0.
+        feature_axis: axis or axes of the features; statistics are computed over all other axes.
+        mask: boolean array, True for valid values. It has the shape of x without the feature axes, or the rank of x.
+            Any axis may have size 1. Masked values, even NaN, have no effect. Their output and gradient are 0.
         axis_name: mapped axis or axes (of pmap, vmap or shard_map) to share statistics over.
         axis_index_groups: groups of indices on that axis that share statistics, such as [[0, 1], [2, 3]].
-        ghost_batch_size: normalize groups of this many examples, contiguous along the first axis, on their own. The
-            running statistics take the moments of the full batch.
-        running_var: which variance the running average takes: "biased", "unbiased" or "total" (see `update`).
+        ghost_batch_size: number of examples in a ghost batch. Each ghost batch, contiguous along the first axis, is
+            normalized on its own. The running statistics are updated with the moments of the full batch.
+        running_var: which variance the running average uses: "biased", "unbiased" or "total" (see `update`).
         activation: elementwise function that keeps the shape, applied in float32 before the cast to `dtype`. It must
-            not capture a traced value. Define it once, outside the loop: each new function object compiles again.
-        shortcut: float array of the shape of x, added before the activation, as in a residual block.
+            not capture a traced value. Define it once, outside the loop: each new function object triggers a
+            compilation.
+        shortcut: float array with the shape of x, added before the activation, as in a residual block.
         dtype: dtype of the result; None means the dtype of x.
 
     Returns:
-        The result, of the shape of x, and the new state, which is not differentiated. A feature keeps its old
-        statistics if it has no valid value or if the new ones would not be finite (see `update`). Inference returns
-        the state unchanged.
+        The result, with the shape of x, and the new state, which carries no gradient. A feature keeps its old
+        statistics if it has no valid value or if the new ones would not be finite (see `update`). Inference returns the
+        state unchanged.
 
     Raises:
         NameError: no transformation binds `axis_name`.
@@ -122,15 +123,15 @@ def normalize(
         state: running mean and variance of the feature shape. Unset statistics give NaN.
         x: float32, float64, bfloat16 or float16 array.
         epsilon: added to the variance.
-        feature_axis: the axis or axes that have statistics of their own.
-        mask: boolean array, True for valid values. It has the shape of x without its feature axes, or the rank of x;
-            any axis may have size 1. The output and gradient of masked values are 0.
+        feature_axis: axis or axes of the features.
+        mask: boolean array, True for valid values. It has the shape of x without the feature axes, or the rank of x.
+            Any axis may have size 1. The output and gradient of masked values are 0.
         activation: elementwise function that keeps the shape, applied in float32 before the cast to `dtype`.
-        shortcut: float array of the shape of x, added before the activation.
+        shortcut: float array with the shape of x, added before the activation.
         dtype: dtype of the result; None means the dtype of x.
 
     Returns:
-        The result, of the shape of x.
+        The result, with the shape of x.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -209,7 +210,8 @@ def checked_call(params: Any, state: Any, inputs: Inputs, *, train: bool, **opti
     x = _arguments.checked_input(inputs.x)
     rule = checked_rule(x, **options)
     features = rule.axes.features(x.shape)
-    why = f"from `feature_axis` {rule.axes.feature} of x of shape {tuple(x.shape)}. Create it with jbn.init({features})"
+    why = f"the features of x of shape {tuple(x.shape)} on `feature_axis` {rule.axes.feature}"
+    why += f". Create it with jbn.init({features})"
     fitting = [axis for axis, size in enumerate(x.shape) if (size,) == getattr(state.mean, "shape", ())]
     why += f", or give feature_axis={fitting[0]}, which fits the state" if fitting else ""
     for name, vectors in (("params", params), ("state", state)):

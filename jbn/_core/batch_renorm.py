@@ -1,4 +1,4 @@
-"""Batch renormalization: batch norm in training, with a bounded correction towards the running statistics."""
+"""Batch renormalization: batch norm in training, with a bounded correction toward the running statistics."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -45,45 +45,46 @@ def batch_renorm(
     shortcut: ArrayLike | None = None,
     dtype: Any = None,
 ) -> tuple[jax.Array, State]:
-    """Normalize x as `batch_norm` does, with a bounded correction towards the running statistics in training.
+    """Normalize x as `batch_norm` does, with a bounded correction toward the running statistics in training.
 
     out = activation((xhat * r + d) * scale + bias + shortcut),  xhat = (x - mean) / sd(var)
     r = clip(sd(var) / sd(state.var), 1 / r_max, r_max),  d = clip((mean - state.mean) / sd(state.var), -d_max, d_max)
     sd(var) = sqrt(var + epsilon)
 
-    Here mean and var are the batch statistics. r and d are constants under differentiation, so gradients flow through
-    the batch statistics as in batch norm. Where neither is clipped, the training output equals the inference output
-    with the state before the update, so it does not depend on the other examples. Use it for small batches.
+    Here mean and var are the batch statistics. r and d are treated as constants in differentiation, so gradients flow
+    through the batch statistics as in batch norm. Where neither is clipped, the training output equals the output of
+    inference with the old state, so it does not depend on the other examples. Use batch renormalization for small
+    batches.
 
-    Unlike in `batch_norm`, the training output depends on the state. If the initial values are far from the data, use
+    The training output depends on the state, unlike in `batch_norm`. If the initial values are far from the data, use
     bounds that allow no correction at first, as the defaults do, or start from an `unset` state.
 
     Args:
         params: scale and bias of the feature shape; either may be None.
         state: running mean, variance and count of updates. Unset features are not corrected: r = 1, d = 0.
-        x: float32, float64, bfloat16 or float16 array; the arithmetic is in float32 at least.
+        x: float32, float64, bfloat16 or float16 array; the arithmetic uses at least float32.
         train: Python bool. True normalizes by batch statistics and updates the state.
         r_max: bound of r, at least 1, or a schedule. The default stays at 1 for the first 5,000 updates, then rises to
             3 at 40,000. For shorter runs, create a schedule with `jbn.renorm.r_max`.
         d_max: bound of d, at least 0, or a schedule. The default stays at 0 for the first 5,000 updates, then rises to
             5 at 25,000; see `jbn.renorm.d_max`. r_max=1 with d_max=0 is batch norm; inf means no bound.
-        momentum: share of the old value kept at an update, or a schedule: a function from a feature's count of
-            updates, an int32 scalar, to that share.
+        momentum: share of the old value kept at an update, or a schedule: a function that computes this share from a
+            feature's count of updates, an int32 scalar.
         epsilon: added to the variance.
-        feature_axis: the axis or axes that have statistics of their own; all others are reduced.
-        mask: boolean array, True for valid values. It has the shape of x without its feature axes, or the rank of x;
-            any axis may have size 1.
+        feature_axis: axis or axes of the features; statistics are computed over all other axes.
+        mask: boolean array, True for valid values. It has the shape of x without the feature axes, or the rank of x.
+            Any axis may have size 1.
         axis_name: mapped axis or axes (of pmap, vmap or shard_map) to share statistics over.
         axis_index_groups: groups of indices on that axis that share statistics, such as [[0, 1], [2, 3]].
-        ghost_batch_size: normalize groups of this many examples, contiguous along the first axis, on their own. All
-            groups are corrected towards the same state.
-        running_var: which variance the running average takes: "biased", "unbiased" or "total" (see `update`).
+        ghost_batch_size: number of examples in a ghost batch. Each ghost batch, contiguous along the first axis, is
+            normalized on its own. All ghost batches are corrected toward the same state.
+        running_var: which variance the running average uses: "biased", "unbiased" or "total" (see `update`).
         activation: elementwise function that keeps the shape, applied in float32 before the cast to `dtype`.
-        shortcut: float array of the shape of x, added before the activation, as in a residual block.
+        shortcut: float array with the shape of x, added before the activation, as in a residual block.
         dtype: dtype of the result; None means the dtype of x.
 
     Returns:
-        The result, of the shape of x, and the new state, which is not differentiated.
+        The result, with the shape of x, and the new state, which carries no gradient.
 
     Raises:
         NameError: no transformation binds `axis_name`.
@@ -125,7 +126,7 @@ def batch_renorm(
 
 @dataclasses.dataclass(frozen=True)
 class Correction:
-    """The correction of a batch towards the state, applied to scale and bias.
+    """The correction of a batch toward the state, applied to scale and bias.
 
     (xhat * r + d) * scale + bias = xhat * (r * scale) + (d * scale + bias)
 

@@ -28,7 +28,7 @@ class Moments(NamedTuple):
 
     Attributes:
         mean: float array of the feature shape.
-        var: float array of the feature shape: the mean squared deviation, divided by `count`.
+        var: float array of the feature shape: the sum of squared deviations, divided by `count`.
         count: float array of the feature shape: the number of valid values of each feature.
 
     Example:
@@ -78,15 +78,16 @@ def moments(
     The sums run over the valid values of all reduced axes.
 
     Args:
-        x: float32, float64, bfloat16 or float16 array; statistics are computed in float32 at least.
-        feature_axis: the axis or axes that have statistics of their own; all others are reduced.
-        mask: boolean array, True for valid values. It has the shape of x without its feature axes, or the rank of x;
-            any axis may have size 1.
+        x: float32, float64, bfloat16 or float16 array; the statistics are computed in at least float32.
+        feature_axis: axis or axes of the features; statistics are computed over all other axes.
+        mask: boolean array, True for valid values. It has the shape of x without the feature axes, or the rank of x.
+            Any axis may have size 1.
         axis_name: mapped axis or axes (of pmap, vmap or shard_map) to share statistics over.
         axis_index_groups: groups of indices on that axis that share statistics, such as [[0, 1], [2, 3]].
 
     Returns:
-        Moments of the feature shape, differentiable in x. Without valid values, mean, variance and count are 0.
+        Moments of the feature shape, differentiable with respect to x. A feature without valid values has mean 0,
+        variance 0 and count 0.
 
     Raises:
         NameError: no transformation binds `axis_name`.
@@ -119,7 +120,7 @@ def merge(*moments: Moments) -> Moments:
     These are the equations for two batches a and b; `merge` takes any number of batches.
 
     Args:
-        *moments: Moments of one feature shape. A feature with count 0 has no effect, even if it holds NaN.
+        *moments: Moments with the same feature shape. A feature with count 0 has no effect, even if it holds NaN.
 
     Returns:
         Moments of the union, of the same shape.

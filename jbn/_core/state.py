@@ -70,7 +70,7 @@ def init(features: int | Sequence[int], dtype: Any = jnp.float32) -> tuple[Param
         Params and State. No two of their arrays share a buffer, so both can be donated.
 
     Raises:
-        TypeError: features are not ints, or dtype is none of these.
+        TypeError: features are not ints, or dtype is not one of these.
         ValueError: a size is negative.
 
     Example:
@@ -96,21 +96,21 @@ def update(state: State, moments: Moments, *, momentum: float | Schedule = 0.99,
     new = momentum * old + (1 - momentum) * batch
 
     Each feature is updated on its own. It keeps its mean, variance and count if the batch has no value for it (under
-    "unbiased", fewer than two), or if the new statistics would not be finite. Unset statistics are replaced by the
-    batch's biased moments. Other statistics that are not finite are a fault and are never replaced. A schedule that
-    gives NaN updates nothing.
+    "unbiased", fewer than two), or if the new statistics would not be finite. The batch's biased moments replace unset
+    statistics. Other statistics that are not finite indicate a fault and are never replaced. A schedule that gives NaN
+    updates nothing.
 
     Args:
         state: running statistics of the feature shape.
         moments: moments of the batch, of the same shape.
-        momentum: share of the old value kept, in [0, 1], or a schedule: a function from a feature's count of updates,
-            an int32 scalar, to that share.
+        momentum: share of the old value kept, in [0, 1], or a schedule: a function that computes this share from a
+            feature's count of updates, an int32 scalar.
         running_var: the variance that is averaged: "biased" (Keras, Flax); "unbiased" (PyTorch), multiplied by
             n / (n - 1); or "total", which adds momentum * (1 - momentum) * (batch mean - old mean)**2 to the average.
             "total" tends to the population variance, because it includes the variance between batches.
 
     Returns:
-        State of the same dtype as the old one, not differentiated.
+        State with the dtypes of the old one. It carries no gradient.
 
     Raises:
         TypeError: the state is in half precision, an argument is not a State or Moments, or momentum is not a number.

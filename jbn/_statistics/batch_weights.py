@@ -9,7 +9,7 @@ import numpy as np
 from jbn._statistics.faults import named
 from jbn._statistics.nodes import Forest, Path, shown
 
-WEIGHTS = "expected a number of at least 0, or a tree like `state` with an array of weights by feature for each norm"
+WEIGHTS = "expected a number of at least 0, or a tree like `state` with an array for each norm: one weight per feature"
 
 
 def weights_by_feature(
@@ -19,7 +19,7 @@ def weights_by_feature(
     given = _examples(batch, number) if weights is None else weights(batch)
     leaves = {shown(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(given)[0]}
     if extra := leaves.keys() - {"", *map(shown, forest.nodes)}:
-        raise ValueError(f"`weights` gives a weight at {min(extra)} for batch {number}, where no norm is: {WEIGHTS}.")
+        raise ValueError(f"`weights` gives batch {number} a weight at {min(extra)}, which is not a norm: {WEIGHTS}.")
     one = np.ndim(leaves.get("", ())) == 0
     found = {}
     for path in chosen:
@@ -44,7 +44,7 @@ def _examples(batch: Any, number: int) -> int:
     if len(sizes) != 1:
         what = f"has arrays with leading axes of sizes {sizes}" if sizes else "has no array with a leading axis"
         raise ValueError(
-            f"`batches` gave batch {number}, which {what}: expected one size, the number of examples. Give `weights`, "
-            "a function from a batch to its weight."
+            f"`batches` yielded batch {number}, which {what}: expected one size, the number of examples. Give "
+            "`weights`, a function from a batch to its weight."
         )
     return sizes[0]

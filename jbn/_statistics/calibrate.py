@@ -46,27 +46,28 @@ def calibrate(
     select: Callable[[str], bool] | None = None,
     progress: bool = False,
 ) -> Any:
-    """Replace the running statistics of every norm in a model by population statistics.
+    """Replace the running statistics of every norm in a model with population statistics.
 
     mean = sum(w_i * mean_i) / sum(w_i),  var = sum(w_i * (var_i + (mean_i - mean)**2)) / sum(w_i)
 
-    The sums run over the batches i. Each batch runs from `unset(state)`, so that `step` returns the moments of that
-    batch. They are merged in float64 on the host, feature by feature. A feature that a batch leaves unset has weight 0
-    in that batch. The result is exact if every norm is one of jbn, is called once in a step, and sees numbers of values
-    in proportion to the weights.
+    The sums run over the batches i. `step` runs on each batch from `unset(state)`, so that it returns the moments of
+    that batch. They are merged in float64 on the host, feature by feature. A feature that a batch leaves unset has
+    weight 0 in that batch. The result is exact if every norm is a norm of jbn and is called once per step, and if the
+    weights are proportional to the numbers of values that it sees.
 
     Args:
         step: function (state, batch) -> new state: the forward pass of the model in training mode, with fixed
             parameters. Compile it with `jax.jit`.
         state: any tree with nodes that hold `mean` and `var`: jbn's states, Linen's `batch_stats`, or an NNX module.
-        batches: iterable of batches for `step`, of any sizes; it is read once. Cut an endless iterator with
+        batches: iterable of batches for `step`, of any sizes; it is read once. Limit an endless iterator with
             itertools.islice.
-        weights: function batch -> weight, needed if the count of valid values is not in proportion to the examples, as
-            with masks. A weight is a number of at least 0 or, as for masks by feature, a tree like `state` with an
-            array for each norm, one weight for each feature. None means the number of examples, the size of the leading
-            axis of all arrays in the batch. A batch of weight 0 is skipped.
-        select: function path -> whether to calibrate the node there; a path is the keys joined by slashes. The other
-            nodes, such as frozen norms, keep their statistics and normalize by them. None selects all nodes.
+        weights: function batch -> weight. It is needed if the number of valid values is not proportional to the number
+            of examples, as with masks. A weight is a number of at least 0. If masks differ between features, it is a
+            tree like `state` that holds, for each norm, an array with one weight per feature. None weights a batch by
+            its number of examples, which is the size of the leading axis of all its arrays. A batch of weight 0 is
+            skipped.
+        select: function path -> whether to calibrate the node there; a path is the keys to the node, joined by slashes.
+            The other nodes, such as frozen norms, keep their statistics and normalize by them. None selects all nodes.
         progress: show a progress bar on standard error, with tqdm.
 
     Returns:
@@ -102,7 +103,7 @@ def calibrate(
 
     Source:
         Ioffe and Szegedy, Batch Normalization, 2015, algorithm 2, lines 7 to 11; Wu and Johnson, Rethinking "Batch" in
-        BatchNorm, 2021, section 3. The merge is that of Chan, Golub and LeVeque, 1979.
+        BatchNorm, 2021, section 3. The merge follows Chan, Golub and LeVeque, 1979.
     """
     _check_functions(step=step, weights=weights, select=select)
     if not isinstance(batches, Iterable):
@@ -126,7 +127,7 @@ def calibrate(
         totals = {path: _merged(total, given[path], found[path]) for path, total in totals.items()}
         weighed = {path: before | (given[path] > 0) for path, before in weighed.items()}
     if last is None:
-        raise ValueError("`batches` gave no batch with a weight above 0: expected at least one.")
+        raise ValueError("`batches` yielded no batch with a weight above 0: expected at least one.")
     check_known({path: total.batches for path, total in totals.items()}, weighed, last)
     return forest.replaced({path: _as_before(path, forest.at(path), total) for path, total in totals.items()})
 
@@ -194,7 +195,7 @@ def _chosen(forest: Forest, select: Callable[[str], bool] | None) -> list[Path]:
             if (dtype := jnp.result_type(forest.at(path)[field])).itemsize < 4:
                 raise TypeError(
                     f"`state` has `{field}` in {dtype} at {named(path)}: expected float32 or float64, since half "
-                    "precision loses small updates. Convert it by `.astype`."
+                    "precision loses small updates. Convert it with `.astype`."
                 )
     return chosen
 

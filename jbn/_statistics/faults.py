@@ -21,9 +21,9 @@ STANDS_STILL = (
     "was not updated: it is frozen or in eval mode, is not called, or no batch has finite, valid values there. Leave "
     "it out with `select`, or run it in training mode"
 )
-POISONED = "received no finite values: a norm before it, named here, was unset and returned NaN"
-NOT_FINITE = "has statistics that are not finite, which never happens with a norm of jbn: use one"
-NO_WEIGHT = "has weight 0 in each batch with values there: give `weights` above 0, or leave it out with `select`"
+POISONED = "received no finite values: a norm before it, which is also listed, was unset and returned NaN"
+NOT_FINITE = "has statistics that are not finite, so it is not a norm of jbn: use one of those"
+NO_WEIGHT = "has weight 0 in every batch that has values for it: give `weights` above 0, or leave it out with `select`"
 SEVERAL_CALLS = "so its statistics are not those of one batch: give each call a norm of its own"
 
 

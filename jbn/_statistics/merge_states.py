@@ -16,7 +16,7 @@ from jbn._statistics import nodes
 
 
 def merge_states(*trees: Any, weights: Sequence[ArrayLike] | None = None) -> Any:
-    """Merge the running statistics of replicas into those of one population, by the law of total variance.
+    """Merge the running statistics of replicas by the law of total variance.
 
     mean = sum(w_i * mean_i),  var = sum(w_i * (var_i + |mean_i - mean|**2))
     w = weights / sum(weights)
@@ -24,14 +24,15 @@ def merge_states(*trees: Any, weights: Sequence[ArrayLike] | None = None) -> Any
     An average of the variances alone would leave out the variance between the means.
 
     Args:
-        *trees: running statistics with the same nodes: states, or trees that have `mean` and `var` in some nodes, as
-            Linen variables or `nnx.state` of a model. Unset features of a tree are left out of the merge.
+        *trees: running statistics with the same nodes: states, or trees that have `mean` and `var` in some nodes, such
+            as Linen variables or `nnx.state` of a model. Unset features of a tree are left out of the merge.
         weights: a number of at least 0 for each tree, such as the number of examples that it saw; None weighs all trees
             equally. A tree of weight 0 affects only the count, whatever it holds.
 
     Returns:
-        The first tree with the merged statistics, not differentiated; `count` is the largest count of each feature. A
-        feature that is unset in all trees stays unset. All other leaves are those of the first tree.
+        The first tree with the merged statistics, which carry no gradient. The `count` of each feature is its largest
+        count in any tree. A feature that is unset in all trees stays unset. All other leaves are those of the first
+        tree.
 
     Raises:
         TypeError: statistics are in half precision, or a weight is not a number.
@@ -89,7 +90,7 @@ def _checked(forests: list[nodes.Forest], number: int, path: nodes.Path) -> dict
         if field != "count" and not _dtypes.is_state_dtype(leaf.dtype):
             raise TypeError(
                 f"{name} has `{field}` in {leaf.dtype.name}: expected float32 or float64, since sums of squares lose "
-                "digits in half precision. Convert it by `.astype`."
+                "digits in half precision. Convert it with `.astype`."
             )
     return fields
 

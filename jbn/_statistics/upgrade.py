@@ -13,7 +13,7 @@ def upgrade(tree: Any) -> Any:
 
     count = broadcast(count, mean.shape)
 
-    The count is repeated over trailing axes: (L,) of a scanned stack becomes (L, features).
+    The count is repeated over trailing axes. In a scanned stack, the shape (L,) becomes (L, features).
 
     Args:
         tree: any tree with jbn statistics: a State, a dict of states, Linen variables, or `nnx.state` of a model.

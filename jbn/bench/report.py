@@ -21,7 +21,7 @@ BASE = "jbn"
 PACKAGES = ("jbn", "jax", "jaxlib", "flax", "dm-haiku", "equinox", "keras", "torch")
 
 LEGEND = """ms: median time of jbn in milliseconds.
-memory: share of this machine's copy bandwidth that jbn reaches, for the least bytes to move; caches can exceed 100%.
+memory: jbn's share of this machine's copy bandwidth, counting the least bytes to move; with caches it can exceed 100%.
 Other columns: time divided by jbn's time in the same round; above 1, jbn is faster.
 ±: half the distance between the quartiles of this run; different runs differ by more.
 !: the results are wrong by more than rounding explains, so the time does not count. -: not available.

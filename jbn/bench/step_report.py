@@ -11,10 +11,10 @@ from jbn.diagnostics import Table
 BASE = "linen"
 """The times of the others are divided by those of this one."""
 LEGEND = """A training step is loss, gradients, statistics and optimizer in one program.
-trace, compile: shortest time of the first step to trace and lower, and to compile.
+trace, compile: shortest time to trace and lower the first step, and to compile it.
 time, quartiles: median and quartiles of a later step; the programs run in turn.
-of linen: time divided by that of Flax Linen in the same run; below 1 is faster. ±: half the distance of the quartiles.
-moved: bytes that the kernels of the compiled program read and write. temporary: memory besides inputs and outputs.
+of linen: time divided by Flax Linen's in the same run; below 1 is faster. ±: half the distance between the quartiles.
+moved: bytes that the kernels of the compiled program read and write. temporary: memory beyond inputs and outputs.
 jbn: in place of Flax's norm. jbn-inside: with relu and shortcut inside the norm. torch-last: eager, channels last.
 one norm: value and gradients outside jit. -: not measured."""
 COLUMNS = (

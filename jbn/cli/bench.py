@@ -75,7 +75,7 @@ def _chosen(given: dict[str, Any], measure: Any) -> list[Any]:
     chosen = [case for case in known if given["cases"] in case.label]
     if not chosen:
         labels = sorted({case.label for case in known})
-        raise OptionError(f"--cases is {given['cases']!r}, which no case has in its name: {', '.join(labels)}.")
+        raise OptionError(f"--cases is {given['cases']!r}, which is not in the name of any case: {', '.join(labels)}.")
     return chosen
 
 

@@ -26,7 +26,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--momentum", type=float, help=momentum)
     far = "channels with a larger error than this, in standard deviations, are far from the population"
     parser.add_argument("--far", type=float, default=0.5, help=f"{far} (default: %(default)s)")
-    picture = "draw the standard deviation of each channel, or its error if --population is given, to this file"
+    picture = "write a picture to this file: the standard deviation of each channel, or its error with --population"
     parser.add_argument("--plot", metavar="FILE", help=picture)
     parser.set_defaults(run=run)
 

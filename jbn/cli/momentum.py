@@ -16,7 +16,7 @@ COLUMNS = ("momentum", "start left", "half-life", "batches averaged", "error of 
 LEGEND = """start left: weight of the initial values (mean 0 and variance 1) in the running statistics
 half-life: number of steps after which an old value keeps half of its weight
 batches averaged: the plain average of this many batches has the same noise
-error of mean: expected error of the running mean, root mean square, in standard deviations of the data
+error of mean: expected root mean square error of the running mean, in standard deviations of the data
 bias, spread of var: mean and standard deviation of the error of the running variance; the data has variance 1"""
 
 
@@ -29,7 +29,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--batch-size", type=int, default=32, help=size)
     distance = "distance between the initial mean and the mean of the data, in standard deviations of the data"
     parser.add_argument("--distance", type=float, default=1.0, help=f"{distance} (default: %(default)s)")
-    parser.add_argument("--plot", metavar="FILE", help="draw the picture to this file, such as momentum.png")
+    parser.add_argument(
+        "--plot", metavar="FILE", help="write a picture of the results to this file, such as momentum.png"
+    )
     parser.set_defaults(run=run)
 
 
@@ -40,7 +42,9 @@ def run(given: dict[str, Any]) -> int:
         if not least <= value < math.inf:
             raise OptionError(f"{flag} is {value}: expected a finite number of at least {least}.")
     if steps > MOST_STEPS:
-        raise OptionError(f"--steps is {steps}: expected at most {MOST_STEPS}, because it sums over all steps.")
+        raise OptionError(
+            f"--steps is {steps}: expected at most {MOST_STEPS}, because the command sums over all steps."
+        )
     best = diagnostics.best_momentum(steps, size, distance)
     named: dict[str, Any] = {f"{momentum:g}": momentum for momentum in USUAL}
     rounded = written(best)
@@ -74,7 +78,7 @@ def _advice(rounded: str, best: float) -> str:
         f"Use momentum={rounded}, or better jbn.momentum.warmup({rounded}), which gives the initial values no weight.\n"
         "These figures assume that the distribution of the data does not change. While a network learns, it does "
         "change:\nthe faster the network learns, the smaller the momentum should be. After training, "
-        "jbn.calibrate replaces\nthe running statistics by population statistics."
+        "jbn.calibrate replaces\nthe running statistics with population statistics."
     )
 
 

@@ -1,4 +1,4 @@
-"""Conversion of batch norms from and to other libraries, bit for bit, without importing those libraries.
+"""Bit-for-bit conversion of batch norms from and to other libraries, without importing those libraries.
 
 `from_*` and `to_*` convert one norm; `split` and `join` convert every norm of a model. Only arrays are converted: pass
 `epsilon` (1e-3 in Keras), `momentum`, `running_var` and `feature_axis` to `jbn.batch_norm` yourself.

@@ -96,5 +96,7 @@ def _scalar(value: Any) -> jax.Array:
     """A counter or flag, checked to be that of one layer."""
     value = jnp.asarray(value)
     if value.ndim:
-        raise ValueError(f"`layer` is a stack of {value.shape} norms: convert each alone, with jax.vmap or indexing.")
+        raise ValueError(
+            f"`layer` is a stack of {value.shape} norms: convert each norm separately, with jax.vmap or indexing."
+        )
     return value

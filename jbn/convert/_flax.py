@@ -19,7 +19,7 @@ def from_linen(variables: Mapping[str, Mapping[str, Any]], *, count: int | None 
 
     Args:
         variables: `{"params": {"scale", "bias"}, "batch_stats": {"mean", "var"}}`.
-        count: number of updates of every feature. It replaces the stored count; without both, the count is 0.
+        count: number of updates of every feature. It replaces the stored count; without either, the count is 0.
 
     Returns:
         Params and State, with the same arrays.
@@ -84,7 +84,7 @@ def from_nnx(entries: Mapping[str, Any], *, count: int | None = None) -> tuple[P
 
     Args:
         entries: `nnx.state(layer)`, or a mapping of arrays with the same names.
-        count: number of updates of every feature. It replaces the stored count; without both, the count is 0.
+        count: number of updates of every feature. It replaces the stored count; without either, the count is 0.
 
     Returns:
         Params and State, with the same arrays.

@@ -21,7 +21,7 @@ def from_keras(entries: Mapping[str, Any], *, count: int | None = None) -> tuple
         count: number of updates of every feature; None means 0, since Keras does not count updates.
 
     Returns:
-        Params and State, as copies. The epsilon of Keras is 1e-3, not 1e-5.
+        Params and State, as copies. The default epsilon of Keras is 1e-3, not 1e-5.
 
     Raises:
         TypeError: entries is not a mapping, or count is not an int.

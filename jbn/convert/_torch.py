@@ -19,7 +19,7 @@ def from_torch(entries: Mapping[str, Any], *, count: int | None = None) -> tuple
 
     Args:
         entries: `state_dict()` of a norm: tensors or arrays of shape (C,); `weight` and `bias` only if it is affine.
-        count: number of updates of every feature. It replaces `num_batches_tracked`; without both, the count is 0.
+        count: number of updates of every feature. It replaces `num_batches_tracked`; without either, the count is 0.
 
     Returns:
         Params and State, as copies. `jbn.batch_norm(..., feature_axis=1, momentum=jbn.momentum.from_torch(0.1),

@@ -41,11 +41,12 @@ def split(
             `nnx.state(model)` or a nested mapping of its arrays. "haiku": `(params, state)`. "equinox":
             `(model, state)`.
         library: "torch", "keras", "linen", "nnx", "haiku" or "equinox".
-        count: number of updates of every feature. It replaces the counts in the tree; without both, the count is 0. A
+        count: number of updates of every feature. It replaces the counts in the tree; without either, the count is 0. A
             momentum schedule continues from it.
-        rename: changes paths that differ from the library's, in mappings and also in the rest. Either a function from
-            the path of a leaf to its new path, as `lambda path: path.removeprefix("module.")`, or a mapping from parts
-            of a path between separators to new parts, as `{"gamma": "scale"}`; "" drops the part.
+        rename: changes paths that differ from the library's; the rest has the new paths too. For trees that are
+            mappings only. It is a function from the path of a leaf to its new path, such as `lambda path:
+            path.removeprefix("module.")`, or a mapping from parts of a path between separators to new parts, such as
+            `{"gamma": "scale"}`; "" drops the part.
         ignore: patterns for the paths of leaves to leave out, such as `"*/bn/steps"`; `*` matches any characters.
         squeeze: drop axes of size 1 from the arrays of norms, as in shapes (1, 1, 1, C) and (C, 1, 1).
         scale_offset: number added to every scale, in float32 at least; 1.0 for projects that store gamma - 1. If it is
@@ -59,7 +60,7 @@ def split(
         Statistics in half precision become float32.
 
     Raises:
-        TypeError: tree is not of the kind that the library needs, count is not an int, or an option has a wrong type.
+        TypeError: tree is not of the kind that the library needs, count is not an int, or an option has the wrong type.
         ValueError: the library is unknown, the tree has no batch norm, or entries are missing, extra or misshaped. The
             error lists all of them. Use `ignore` for entries that only look like a batch norm.
 
@@ -99,7 +100,7 @@ def join(norms: Mapping[str, tuple[Params, State]], rest: Any, library: str, *, 
     tree = join(*split(tree, library), library)
 
     There are three exceptions. Statistics in half precision, and bfloat16 arrays that pass through NumPy, come back as
-    float32. PyTorch's `num_batches_tracked` is always written. Changes by the options of `split` are not undone.
+    float32. PyTorch's `num_batches_tracked` is always written. Changes that options of `split` made are not undone.
 
     Args:
         norms: Params and State by the path of the norm, as `split` returns them.
@@ -114,7 +115,7 @@ def join(norms: Mapping[str, tuple[Params, State]], rest: Any, library: str, *, 
 
     Raises:
         TypeError: norms or rest is not a mapping, or a norm is not a pair of Params and State.
-        ValueError: the library is unknown, or the place of a norm in `rest` is occupied.
+        ValueError: the library is unknown, or `rest` already has an entry at the path of a norm.
 
     Example:
         >>> import jbn

@@ -61,7 +61,7 @@ def agreed(prepare: Callable[[], Prepared]) -> Prepared | None:
             refusal = error
     refused = from_writer(np.array(refusal is not None))
     if refused:
-        raise refusal or OptionError("process 0 refused to start; its output says why.")
+        raise refusal or OptionError("process 0 did not start; its output says why.")
     return prepared
 
 

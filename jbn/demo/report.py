@@ -61,7 +61,7 @@ def closing_lines(options: Options, result: Result) -> list[str]:
         " ": "   -   not calibrated, because the network diverged"
         if result.held_out_calibrated is None
         else f"{result.held_out_calibrated:6.1%} with calibrated statistics (jbn.calibrate on the training set)",
-        "initial values": f"{held.start:6.1%} of the weight in the running statistics is mean 0 and variance 1 "
+        "initial values": f"{held.start:6.1%} of the weight in the running statistics belongs to mean 0 and variance 1 "
         f"(momentum {options.momentum}, {made})",
         "age of batches": f"{held.age:6.1f} steps on average; older batches come from older network weights",
         "what to do": _advice(options, result, held),
@@ -79,7 +79,7 @@ def _advice(options: Options, result: Result, held: Memory) -> str:
     if not math.isfinite(last.loss):
         return "The loss is not finite. Use a lower --learning-rate."
     if last.held_out_batch < TRAINED:
-        return "The network is not trained yet, with either kind of statistics. Train for more --steps."
+        return "The network is not trained yet: even with batch statistics its accuracy is low. Train for more --steps."
     if last.held_out_batch - last.held_out_running <= NOTICEABLE:
         return "Nothing. Inference is about as accurate as with batch statistics."
     mended = result.held_out_calibrated is not None and last.held_out_batch - result.held_out_calibrated <= NOTICEABLE
@@ -89,7 +89,7 @@ def _advice(options: Options, result: Result, held: Memory) -> str:
         return f"Early batches, which come from older network weights, have too much weight. To forget them, {faster}"
     number = options.momentum.rpartition(":")[2]
     return (
-        "The network is trained, but its running statistics are not ready. Training does not read them; inference "
-        f"reads nothing else. To remove the initial values, use --momentum warmup:{number}. To forget early batches, "
+        "The network is trained, but its running statistics are not accurate yet. Training does not use them, but "
+        f"inference does. To remove the initial values, use --momentum warmup:{number}. To forget early batches, "
         f"{faster}"
     )

@@ -1,4 +1,4 @@
-"""Diagnostics: the laws of the moving average, and checks of a tree of statistics."""
+"""Diagnostics: formulas for the moving average, and checks of the statistics in a tree."""
 
 from jbn.diagnostics._compare import compare
 from jbn.diagnostics._health import health, is_faulty

@@ -15,7 +15,7 @@ COLUMNS = ("norm", "channel", "error", "shift", "ratio", "mean", "population mea
 
 
 def compare(state: Any, population: Any, *, epsilon: float = 1e-5) -> Table:
-    """Compare running with population statistics, by their effect on the normalized output of each channel.
+    """Compare running and population statistics by their effect on the normalized output of each channel.
 
     output = ratio * population_output + shift
     ratio = sqrt((population_var + epsilon) / (var + epsilon))
@@ -23,7 +23,7 @@ def compare(state: Any, population: Any, *, epsilon: float = 1e-5) -> Table:
     error = sqrt(shift**2 + (ratio - 1)**2)
 
     The output with population statistics has mean 0 and standard deviation 1. Error, shift and ratio are in units of
-    that standard deviation, and the error is the root mean square error.
+    that standard deviation. The error is the root mean square error of the output.
 
     Args:
         state: a tree of running statistics, of any kind that `jbn.calibrate` accepts.
@@ -62,7 +62,7 @@ def found(tree: Any, name: str) -> Forest:
     """The nodes of a tree, which must not be traced."""
     forest = nodes.find(tree, name)
     if any(isinstance(leaf, Tracer) for leaf in forest.leaves):
-        raise TypeError(f"{name} is traced, but diagnostics are numbers on the host: call them outside of jit.")
+        raise TypeError(f"{name} is traced, but diagnostics are computed on the host: call them outside of jit.")
     return forest
 
 

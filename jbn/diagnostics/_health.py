@@ -33,21 +33,21 @@ def health(
 ) -> Table:
     """Report the faults of every norm in a tree, with the number of channels that have each fault.
 
-    A channel is dead if 0 <= var <= epsilon, unset if var is -inf, not finite if mean or var is any other value that is
-    not valid, and far if its error (see `compare`) is larger than `far`.
+    A channel is dead if 0 <= var <= epsilon, unset if var is -inf, not finite if mean or var has any other invalid
+    value, and far if its error (see `compare`) is larger than `far`.
 
     Args:
         tree: any tree with statistics: states, those of a Linen or NNX model, or the contents of a checkpoint.
         population: a tree with the same nodes, as `jbn.calibrate` returns it, or None.
-        momentum: momentum of the norms, a number without warmup. If given, a norm with a count is stale while its
-            initial values weigh more than 1%.
+        momentum: momentum of the norms, if it is constant. If it is given, a norm with a count is stale while the
+            weight of its initial values is above 1%.
         epsilon: epsilon of the norms; a variance of at most epsilon is dead.
-        far: largest error, in standard deviations of the output, that is not far from the population.
+        far: channels with a larger error than this, in standard deviations of the output, are far from the population.
 
     Returns:
         Table with one row for each norm: its path, the number of channels, the fewest updates of a channel (None
-        without a count), the four numbers of channels with a fault (far is None without a population), the reason if
-        it is stale (never updated, fewer updates than other norms, or the weight of the initial values), and the
+        without a count), the number of channels with each of four faults (far is None without a population), the reason
+        if it is stale (never updated, fewer updates than other norms, or the weight of the initial values), and the
         missing variables, if any.
 
     Raises:

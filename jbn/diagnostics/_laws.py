@@ -23,7 +23,8 @@ class AverageWeights(NamedTuple):
 
     Attributes:
         start: weight of the initial value.
-        batches: float64 array with the weight of each batch, in the order of the updates; with `start` they sum to 1.
+        batches: float64 array with the weight of each batch, in the order of the updates. Together with `start`, the
+            weights sum to 1.
 
     Example:
         >>> import jbn
@@ -73,7 +74,7 @@ def initial_weight(momentum: float | Schedule, steps: int) -> float:
 
     weight = prod(m_t)
 
-    m_t is the momentum of update t. For a number the weight is momentum ** steps.
+    m_t is the momentum of update t. For a constant momentum the weight is momentum ** steps.
 
     Args:
         momentum: share of the old value kept at an update, or a schedule from the count of updates to it.
@@ -133,15 +134,15 @@ def effective_batches(momentum: float | Schedule, steps: int | None = None) -> f
 
     effective_batches = sum(w)**2 / sum(w**2)
 
-    w are the weights of the batches. For a number m as momentum this is
+    w are the weights of the batches. For a constant momentum m this is
 
     effective_batches = (1 + m)/(1 - m) * (1 - m**steps)/(1 + m**steps)
 
-    and tends to (1 + m)/(1 - m).
+    and it tends to (1 + m)/(1 - m) as the number of steps grows.
 
     Args:
         momentum: share of the old value kept at an update, or a schedule from the count of updates to it.
-        steps: number of updates, an int of at least 0; None gives the limit of many updates, for a number only.
+        steps: number of updates, an int of at least 0; None gives the limit for many updates, if momentum is a number.
 
     Returns:
         Number of batches, not rounded; 0 if no batch has a weight. The initial value is not counted.
@@ -172,12 +173,12 @@ def expected_error(momentum: float | Schedule, steps: int, batch_size: int, dist
 
     error = start**2 * distance**2 + sum(w**2) / batch_size
 
-    start and w are the weights of the initial value and of the batches. For a number m as momentum this is
+    start and w are the weights of the initial value and of the batches. For a constant momentum m this is
 
     error = m**(2*steps) * distance**2 + (1 - m)/(1 + m) * (1 - m**(2*steps)) / batch_size
 
     The first term is squared bias, the second is noise. A larger momentum raises the bias and lowers the noise. The
-    values are assumed independent and from one population; drift of the activations during training is not included.
+    values are assumed to be independent and from one population. Drift of the activations in training is not included.
 
     Args:
         momentum: share of the old value kept at an update, or a schedule from the count of updates to it.

@@ -35,7 +35,7 @@ def expected_variance(
     running_var: str = "biased",
     start_var: float = 1.0,
 ) -> VarianceError:
-    """Bias and spread of the running variance, for the rule `running_var` that averages it.
+    """Bias and spread of the running variance for a given `running_var`.
 
     For "biased":
 
@@ -51,7 +51,7 @@ def expected_variance(
     spread**2 = p_2 * 2*(n - 1)/n**2 + 2/n**2 * (p_2 - 2*p_3 + p_2**2) + 4/n * W**2 * distance**2 * p_2
 
     W is the weight of the initial value, w are the weights of the batches, p_k is sum(w**k), n is the batch size and v0
-    is `start_var`. The equations hold for independent, normal values of one population.
+    is `start_var`. The equations hold for independent, normally distributed values from one population.
 
     Args:
         momentum: share of the old value kept at an update, or a schedule from the count of updates to it.

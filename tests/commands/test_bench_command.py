@@ -76,7 +76,7 @@ def test_a_library_that_is_missing_is_left_out_and_named(command, monkeypatch):
 
 REFUSED = {
     "rounds": Refused("bench --rounds 0", "--rounds", "is 0", "expected at least 1"),
-    "cases": Refused("bench --quick --cases none", "--cases", "is 'none'", "which no case has in its name"),
+    "cases": Refused("bench --quick --cases none", "--cases", "is 'none'", "which is not in the name of any case"),
     "peers": Refused(
         "bench --quick --peers linen,haiku", "--peers", "has 'haiku'", "expected names from linen, nnx, torch-last."
     ),

@@ -116,7 +116,7 @@ def statistics():
 
 REFUSED = {
     "absent": Refused("inspect absent", "checkpoint", "which does not exist", "expected a file or directory"),
-    "empty": Refused("inspect empty", "checkpoint is empty", "0 checkpoints of orbax", "name one", empty),
+    "empty": Refused("inspect empty", "checkpoint is empty", "0 checkpoints of orbax", "give one", empty),
     "no checkpoint": Refused(
         "inspect notes", "checkpoint is notes", "not a complete checkpoint", "flax.serialization.to_bytes", notes
     ),

@@ -75,7 +75,7 @@ def test_a_refusal_ends_all_processes(tmp_path, start):
     (first, said), (second, echoed) = finished(started)
     assert (first, second) == (2, 2), (said, echoed)
     assert "holds files that are not checkpoints" in said
-    assert "process 0 refused to start" in echoed
+    assert "process 0 did not start" in echoed
 
 
 def test_the_coordinator_is_handed_to_jax(monkeypatch):

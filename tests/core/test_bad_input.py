@@ -90,7 +90,7 @@ PARAMS_AND_STATE = {
         norm(state=STATE._replace(var=jnp.zeros((1, 3)))), ValueError, "state.var", "shape (1, 3)", "expected (3,)"
     ),
     "a stacked state": Refused(
-        norm(state=STACKED), ValueError, "state.mean", "has shape (2, 3)", "expected (3,), from `feature_axis`"
+        norm(state=STACKED), ValueError, "state.mean", "has shape (2, 3)", "expected (3,), the features of x"
     ),
     "scale a list": Refused(
         norm(params=jbn.Params([1.0], None)), TypeError, "params.scale", "is [1.0]", "numeric array of shape (3,)"

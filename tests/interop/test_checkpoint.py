@@ -149,7 +149,7 @@ def test_a_step_of_a_checkpoint_manager_is_restored_and_its_folder_refused(tmp_p
     with ocp.CheckpointManager(tmp_path / "all") as manager:
         manager.save(3, args=ocp.args.StandardSave(jbn.init(3)))
     assert_same_trees(jbn.checkpoint.restore(tmp_path / "all" / "3" / "default", jbn.init(3)), jbn.init(3))
-    with pytest.raises(ValueError, match="in the directory of a CheckpointManager give step/default"):
+    with pytest.raises(ValueError, match="in the directory of a CheckpointManager, give step/default"):
         jbn.checkpoint.restore(tmp_path / "all", jbn.init(3))
 
 

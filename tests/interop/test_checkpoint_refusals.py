@@ -154,10 +154,10 @@ REFUSED = {
         lambda: checkpoint.restore(managed(), NORM), ValueError, "path", "no orbax metadata", "give step/default"
     ),
     "a folder without checkpoints": Refused(
-        lambda: checkpoint.latest(folder_of()), ValueError, "path", "0 checkpoints of orbax (none)", "name one"
+        lambda: checkpoint.latest(folder_of()), ValueError, "path", "0 checkpoints of orbax (none)", "give one"
     ),
     "a folder of several items": Refused(
-        lambda: checkpoint.latest(folder_of("b", "a")), ValueError, "path", "2 checkpoints of orbax (a, b)", "name one"
+        lambda: checkpoint.latest(folder_of("b", "a")), ValueError, "path", "2 checkpoints of orbax (a, b)", "give one"
     ),
     "another tree": Refused(
         lambda: checkpoint.restore(written(serialization.to_bytes(NORM)), NORM[1]),

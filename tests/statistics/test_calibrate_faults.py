@@ -44,11 +44,11 @@ ARGUMENTS = {
     "select": Refused(calibrate(select="stem"), TypeError, "select", "is 'stem'", "expected a function of path"),
     "batches": Refused(calibrate(batches=3), TypeError, "batches", "is a int", "an iterable of batches for `step`"),
     "no batches": Refused(
-        calibrate(batches=[]), ValueError, "batches", "gave no batch with a weight above 0", "at least one"
+        calibrate(batches=[]), ValueError, "batches", "yielded no batch with a weight above 0", "at least one"
     ),
     "no statistics": Refused(calibrate(state={"a": X}), ValueError, "state", "holds no statistics", "`mean` and `var`"),
     "half precision": Refused(
-        calibrate(state={"stem": HALF}), TypeError, "state", "`mean` in bfloat16 at stem", "Convert it by `.astype`"
+        calibrate(state={"stem": HALF}), TypeError, "state", "`mean` in bfloat16 at stem", "Convert it with `.astype`"
     ),
     "state traced": Refused(
         jitted(calibrate(), state=STATE), TypeError, "state", "is traced", "call it outside of jit, and jit `step`"
@@ -83,7 +83,7 @@ ARGUMENTS = {
         calibrate(state={"stem": STATE}, weights=lambda x: {"head": X[0]}),
         ValueError,
         "weights",
-        "gives a weight at head for batch 0",
+        "gives batch 0 a weight at head",
         "a tree like `state`",
     ),
     "weights of a part of the tree": Refused(
@@ -91,13 +91,13 @@ ARGUMENTS = {
         ValueError,
         "weights",
         "gives None at b for batch 0",
-        "an array of weights by feature for each norm",
+        "an array for each norm: one weight per feature",
     ),
     "batches of numbers": Refused(
         calibrate(batches=[[3.0, 4]]),
         ValueError,
         "batches",
-        "gave batch 0, which has no array with a leading axis",
+        "yielded batch 0, which has no array with a leading axis",
         "Give `weights`",
     ),
     "no tqdm": Refused(
@@ -143,7 +143,7 @@ STEPS = {
         calibrate(weights=lambda x: np.float32([0, 1, 0])),
         ValueError,
         "step",
-        "(the tree itself) at features 0, 2 has weight 0 in each batch",
+        "(the tree itself) at features 0, 2 has weight 0 in every batch",
         "give `weights` above 0",
     ),
     "a feature that is finite in no batch, at a small weight": Refused(
