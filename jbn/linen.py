@@ -41,7 +41,7 @@ class BatchNorm(nn.Module):
         scale_init: initializer of the scale.
         axis_name: mapped axis or axes to share statistics over.
         axis_index_groups: groups of indices on that axis that share statistics, such as [[0, 1], [2, 3]].
-        use_fast_variance: has no effect; the variance is always exact, and as fast as Flax's fast variance.
+        use_fast_variance: has no effect; the variance is always exact, at the speed of the fast one without a mask.
         force_float32_reductions: has no effect; reductions and statistics always use at least float32.
         running_var: which variance the running average uses: "biased", "unbiased" or "total".
         ghost_batch_size: number of examples in a ghost batch; each ghost batch is normalized on its own.

@@ -93,8 +93,8 @@ def transform(rule: Rule, inputs: Inputs, batch: ShiftedMoments, rstd: jax.Array
         # Masked before the activation too: where its slope is infinite, the gradient would be 0 * inf.
         out = rule.activation(zero_masked(out, mask))
     out = zero_masked(out, mask).astype(rule.dtype)
-    # Without the barrier, XLA on a GPU stores a float32 copy of the result for the shortcut of the next block: 6.96 GiB
-    # of temporaries in a step of a ResNet-50 on an H200, and 5.28 with the barrier.
+    # Without the barrier, XLA on a GPU stores a float32 copy of the result for the shortcut of the next block: in a
+    # step of a ResNet-50 in bfloat16 on an H200, 6.96 GiB of temporaries without the barrier, and 5.07 with it.
     return out if shortcut is None else for_xla.behind_barrier(out, "cuda")
 
 

@@ -11,11 +11,19 @@ from jbn.diagnostics._laws import written
 
 MOST_STEPS = 10**7
 USUAL = (0.9, 0.99, 0.999)
-COLUMNS = ("momentum", "start left", "half-life", "batches averaged", "error of mean", "bias of var", "spread of var")
+COLUMNS = (
+    "momentum",
+    "initial weight",
+    "half-life",
+    "batches averaged",
+    "error of mean",
+    "bias of var",
+    "spread of var",
+)
 
-LEGEND = """start left: weight of the initial values (mean 0 and variance 1) in the running statistics
+LEGEND = """initial weight: weight of the initial values (mean 0 and variance 1) in the running statistics
 half-life: number of steps after which an old value keeps half of its weight
-batches averaged: the plain average of this many batches has the same noise
+batches averaged: the plain average of this many batches has the same noise, apart from the initial values
 error of mean: expected root mean square error of the running mean, in standard deviations of the data
 bias, spread of var: mean and standard deviation of the error of the running variance; the data has variance 1"""
 

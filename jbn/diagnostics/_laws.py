@@ -130,11 +130,12 @@ def half_life(momentum: float) -> float:
 
 
 def effective_batches(momentum: float | Schedule, steps: int | None = None) -> float:
-    """Number of batches whose plain average would be as noisy as the moving average.
+    """Number of batches whose plain average would be as noisy as the moving average without its initial value.
 
     effective_batches = sum(w)**2 / sum(w**2)
 
-    w are the weights of the batches. For a constant momentum m this is
+    w are the weights of the batches, which are divided by their sum to leave out the initial value. For a constant
+    momentum m this is
 
     effective_batches = (1 + m)/(1 - m) * (1 - m**steps)/(1 + m**steps)
 
