@@ -3,13 +3,9 @@
 pip install -e ".[demo,peers]" && python tests/studies/errors_of_peers.py
 """
 
-import os
-
-os.environ.setdefault("JAX_NUM_CPU_DEVICES", "2")
-os.environ.setdefault("KERAS_BACKEND", "jax")
-
 import functools
 import importlib.metadata
+import os
 
 import jax
 import jax.numpy as jnp
