@@ -86,9 +86,9 @@ def check_vectors(name: str, vectors: Any, expected: tuple[int, ...], why: str) 
         if not is_array(vector):
             raise TypeError(f"`{name}.{field}` is {vector!r}: expected a numeric array of shape {expected}.")
         if np.shape(vector) != expected:
-            raise ValueError(
-                f"`{name}.{field}` has shape {np.shape(vector)}: expected {expected}, {why}{of_upgrade(field)}."
-            )
+            # The mean and the variance fit already, so a count that does not comes from jbn 0.1.
+            advice = f"one for each feature{of_upgrade(field)}" if field == "count" else why
+            raise ValueError(f"`{name}.{field}` has shape {np.shape(vector)}: expected {expected}, {advice}.")
         dtype = jnp.result_type(vector)
         if not jnp.issubdtype(dtype, jnp.floating if field in STATISTICS else jnp.inexact):
             raise TypeError(f"`{name}.{field}` has dtype {dtype.name}: expected a float dtype{of_upgrade(field)}.")

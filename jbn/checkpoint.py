@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 from flax import serialization
 
 from jbn._statistics import nodes
-from jbn._statistics.upgrade import for_each_feature
+from jbn._statistics.upgrade import fits, for_each_feature
 
 NUMBERS = bool | int | float | complex
 ORBAX_MARK = "_METADATA"
@@ -225,7 +225,7 @@ def _check_same(path: Path, given: Leaves, expected: Leaves) -> None:
 
 
 def _old_counts(target: Any, expected: Leaves, stored: Leaves) -> Leaves:
-    """Shape and dtype of the int32 counts of jbn 0.1, one for a norm or one for each norm of a stack."""
+    """Shape and dtype of the counts of jbn 0.1: one for a norm or for each norm of a stack, float32 if averaged."""
     wheres, old = list(expected), {}
     for fields in nodes.places(target).values():
         where = wheres[fields.get("count", fields["mean"])]
@@ -233,7 +233,8 @@ def _old_counts(target: Any, expected: Leaves, stored: Leaves) -> Leaves:
             continue
         (shape, dtype), wanted = _described(stored[where]), _described(expected[where])
         features, _ = _described(expected[wheres[fields["mean"]]])
-        if dtype == np.int32 and wanted == (features, np.float32) and shape == features[: len(shape)]:
+        is_old = dtype == np.int32 or (dtype == np.float32 and shape != features)
+        if is_old and wanted == (features, np.float32) and fits(shape, features):
             old[where] = jax.ShapeDtypeStruct(shape, dtype)
     return old
 

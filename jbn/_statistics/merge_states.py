@@ -10,6 +10,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jbn import _dtypes
+from jbn._arguments import of_upgrade
 from jbn._complex import cast, real_dtype
 from jbn._core.moments import ShiftedMoments, mean_of, merge_stacked
 from jbn._statistics import nodes
@@ -83,9 +84,10 @@ def _checked(forests: list[nodes.Forest], number: int, path: nodes.Path) -> dict
     if fields.keys() != like.keys():
         raise ValueError(f"{name} has {', '.join(fields)}: expected {', '.join(like)}, as in `trees[0]`.")
     for field, leaf in fields.items():
-        if leaf.shape != like[field].shape or like["var"].shape != like["mean"].shape:
+        shape = like["mean" if field == "var" else field].shape
+        if leaf.shape != shape:
             raise ValueError(
-                f"{name} has `{field}` of shape {leaf.shape}: expected {like['mean'].shape}, as in `trees[0]`."
+                f"{name} has `{field}` of shape {leaf.shape}: expected {shape}, as in `trees[0]`{of_upgrade(field)}."
             )
         if field != "count" and not _dtypes.is_state_dtype(leaf.dtype):
             raise TypeError(

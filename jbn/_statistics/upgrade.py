@@ -13,7 +13,8 @@ def upgrade(tree: Any) -> Any:
 
     count = broadcast(count, mean.shape)
 
-    The count is repeated over trailing axes. In a scanned stack, the shape (L,) becomes (L, features).
+    The count is repeated over trailing axes. In a scanned stack, the shape (L,) becomes (L, features). In a stack with
+    the layers on the last axis it becomes (features, L), if these sizes differ.
 
     Args:
         tree: any tree with jbn statistics: a State, a dict of states, Linen variables, or `nnx.state` of a model.
@@ -48,10 +49,17 @@ def upgrade(tree: Any) -> Any:
 
 
 def for_each_feature(count: jax.Array, mean: Any) -> jax.Array:
-    """A count with the leading axes of the mean, repeated for each feature."""
-    if count.shape != mean.shape[: count.ndim]:
+    """A count with the leading or the trailing axes of the mean, repeated for each feature."""
+    if not fits(count.shape, mean.shape):
         raise ValueError(
-            f"`count` has shape {count.shape}, but `mean` has {mean.shape}: expected leading axes of `mean`, or ()."
+            f"`count` has shape {count.shape}, but `mean` has {mean.shape}: expected (), or the leading or trailing axes "
+            "of `mean`."
         )
-    count = jnp.expand_dims(count, range(count.ndim, mean.ndim))
+    if count.shape == mean.shape[: count.ndim]:
+        count = jnp.expand_dims(count, range(count.ndim, mean.ndim))
     return jnp.broadcast_to(count, mean.shape).astype(jnp.float64 if count.dtype == jnp.float64 else jnp.float32)
+
+
+def fits(count: tuple[int, ...], mean: tuple[int, ...]) -> bool:
+    """Whether a count of this shape has the leading or the trailing axes of a mean of this shape."""
+    return count in (mean[: len(count)], mean[len(mean) - len(count) :])

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+import jbn
 from jbn.demo import history
 from jbn.demo.options import OptionError, Options
 from jbn.demo.step import Run
@@ -75,7 +76,9 @@ def restore(manager: ocp.CheckpointManager, fresh: Progress) -> Progress:
         return fresh
     target = ocp.args.StandardRestore(fresh.run._asdict())
     found = _read(manager, step, run=target, record=ocp.args.JsonRestore())
-    return Progress(step, Run(**found.run), history.from_lists(found.record["record"]))
+    # A run that jbn 0.1 saved has one count for each norm.
+    run = Run(**{**found.run, "state": jax.tree.map(np.asarray, jbn.upgrade(found.run["state"]))})
+    return Progress(step, run, history.from_lists(found.record["record"]))
 
 
 def _is_ours(folder: Path) -> bool:

@@ -4,10 +4,16 @@ import json
 import shutil
 from typing import NamedTuple
 
+import jax
+import numpy as np
 import pytest
 from support import small_network
+from support.tolerances import assert_same_trees
 
-from jbn.demo import checkpoints, loop, picture
+import jbn
+from jbn.demo import checkpoints, history, loop, picture
+from jbn.demo.options import Options
+from jbn.demo.step import Run
 
 pytestmark = [pytest.mark.standard_promotion, pytest.mark.usefixtures("small")]
 
@@ -38,6 +44,18 @@ def story(small, command, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(picture, "draw", small_network.blank_picture)
         return Story(folder, interrupted, command(*RUN, folder, "--resume"))
+
+
+def test_counts_of_jbn_0_1_become_those_of_each_feature(tmp_path):
+    """A run that jbn 0.1 saved has one int32 count for each norm."""
+    options = Options(out=str(tmp_path), steps=2)
+    state = jbn.init(3)[1]._replace(count=np.full(3, 2, np.float32))
+    fresh = checkpoints.Progress(0, Run({}, {"norm": jax.tree.map(np.asarray, state)}, {}), history.Record([], [], []))
+    old = fresh.run._replace(state={"norm": state._replace(count=np.int32(2))})
+    with checkpoints.open_manager(options) as manager:
+        checkpoints.save(manager, fresh._replace(step=1, run=old), options)
+        manager.wait_until_finished()
+        assert_same_trees(checkpoints.restore(manager, fresh).run.state, {"norm": state})
 
 
 def test_resuming_what_was_not_begun_starts_from_the_first_step(story):

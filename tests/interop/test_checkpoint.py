@@ -82,11 +82,13 @@ def test_a_target_has_the_structure_of_what_was_saved_by_its_paths(tmp_path, sav
 
 @by_format
 def test_counts_of_jbn_0_1_become_those_of_each_feature(tmp_path, save):
-    """The count of a norm and those of a stack of two are converted; other leaves of this shape or dtype are not."""
+    """Counts of a norm, averaged ones too, and of stacks are converted; other leaves of this shape or dtype are not."""
     step = jnp.int32(9)
-    norm, stack = (jbn.State(jnp.ones(shape), jnp.ones(shape), None) for shape in (3, (2, 3)))
-    old = {"norm": norm._replace(count=jnp.int32(7)), "stack": stack._replace(count=jnp.int32([1, 2])), "step": step}
-    counts = {"norm": jnp.full(3, 7.0), "stack": jnp.array([[1.0] * 3, [2.0] * 3])}
+    norm, stack, last = (jbn.State(jnp.ones(shape), jnp.ones(shape), None) for shape in (3, (2, 3), (3, 2)))
+    old = {"norm": norm._replace(count=jnp.int32(7)), "averaged": norm._replace(count=jnp.float32(2.5)), "step": step}
+    old |= {"stack": stack._replace(count=jnp.int32([1, 2])), "last": last._replace(count=jnp.int32([1, 2]))}
+    counts = {"norm": jnp.full(3, 7.0), "averaged": jnp.full(3, 2.5)}
+    counts |= {"stack": jnp.array([[1.0] * 3, [2.0] * 3]), "last": jnp.array([[1.0, 2.0]] * 3)}
     expected = {**{name: old[name]._replace(count=counts[name]) for name in counts}, "step": step}
     save(tmp_path / "saved", old)
     zeros = jax.tree.map(jnp.zeros_like, expected)

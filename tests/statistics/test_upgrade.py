@@ -29,9 +29,11 @@ def test_what_has_a_count_for_each_feature_or_none_is_returned_unchanged():
 
 
 def test_each_layer_of_a_stack_keeps_its_own_count():
-    """Statistics stacked by `nn.scan`: the count of shape (L,) becomes (L, C)."""
+    """Statistics stacked by `nn.scan`: the count of shape (L,) becomes (L, C), or (C, L) with the layers last."""
     expected = state((2, 3), jnp.array([[4.0] * 3, [5.0] * 3]))
     assert_same_trees(jbn.upgrade(state((2, 3), jnp.int32([4, 5]))), expected)
+    expected = state((3, 2), jnp.array([[4.0, 5.0]] * 3))
+    assert_same_trees(jbn.upgrade(state((3, 2), jnp.int32([4, 5]))), expected)
 
 
 @pytest.mark.standard_promotion
@@ -63,7 +65,7 @@ REFUSED = {
         ValueError,
         "tree",
         "at stem: `count` has shape (2,), but `mean` has (3,)",
-        "expected leading axes of `mean`, or ()",
+        "expected (), or the leading or trailing axes of `mean`",
     ),
     "no statistics": Refused(
         lambda: jbn.upgrade({"a": 1}), ValueError, "tree", "holds no statistics", "nodes that have float `mean`"
