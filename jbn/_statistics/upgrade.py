@@ -52,8 +52,8 @@ def for_each_feature(count: jax.Array, mean: Any) -> jax.Array:
     """A count with the leading or the trailing axes of the mean, repeated for each feature."""
     if not fits(count.shape, mean.shape):
         raise ValueError(
-            f"`count` has shape {count.shape}, but `mean` has {mean.shape}: expected (), or the leading or trailing axes "
-            "of `mean`."
+            f"`count` has shape {count.shape}, but `mean` has {mean.shape}: expected (), or the leading or trailing "
+            "axes of `mean`."
         )
     if count.shape == mean.shape[: count.ndim]:
         count = jnp.expand_dims(count, range(count.ndim, mean.ndim))
