@@ -30,7 +30,7 @@ def by_platform(plain: Callable[..., Any], *operands: Any, **by_name: Callable[.
     """form(*operands), where form is the keyword argument named after the platform, or `plain` if there is none.
 
     The custom_jvp makes this one opaque function to JAX. Otherwise JAX would look for known values in each form
-    whenever a norm is differentiated, which takes a tenth of the time to trace a step of a ResNet-50.
+    whenever a norm is differentiated, which takes a fifth of the time to trace a step of a ResNet-50.
     """
     choose = functools.partial(_chosen_form, plain, by_name)
     opaque = jax.custom_jvp(lambda *operands: choose(*operands))
