@@ -67,7 +67,7 @@ def calibrate(
             its number of examples, which is the size of the leading axis of all its arrays. A batch of weight 0 is
             skipped.
         select: function path -> whether to calibrate the node there; a path is the keys to the node, joined by slashes.
-            The other nodes, such as frozen norms, keep their statistics and normalize by them. None selects all nodes.
+            The other nodes keep their statistics, which frozen norms normalize by. None selects all nodes.
         progress: show a progress bar on standard error, with tqdm.
 
     Returns:
