@@ -49,9 +49,9 @@ class Rule(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """Momentum and bounds that are numbers, which the program takes as arguments; None where a schedule is given."""
+    """What is given as numbers, which the program takes as arguments: the weights of old and batch, and the bounds."""
 
-    momentum: Any
+    weights: Any
     r_max: Any = None
     d_max: Any = None
 

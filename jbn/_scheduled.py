@@ -83,16 +83,20 @@ def scheduled(name: str, schedule: Any, count: Any, dtype: Any) -> jax.Array:
 
 
 def checked_average(momentum: Any, running_var: Any, state: Any, train: bool) -> tuple[Average, Any]:
-    """Check momentum and running_var; return the Average, and the momentum if it is a number."""
+    """Check momentum and running_var; return the Average, and for a number the weights (momentum, 1 - momentum)."""
     if not isinstance(running_var, str) or running_var not in RUNNING_VAR:
         raise ValueError(f"`running_var` is {running_var!r}: expected one of {', '.join(map(repr, RUNNING_VAR))}.")
     schedule, number = checked_schedule("momentum", momentum, real_dtype(jnp.result_type(state.mean)), checked_momentum)
     if train:
         check_counted(state, "momentum", schedule)
-    keeps_most = None if schedule is not None or isinstance(number, Tracer) else bool(number >= 0.5)
+    if schedule is not None:
+        return Average(schedule, None, running_var), None
     if isinstance(number, Tracer):
         number = jnp.clip(number, 0, 1)
-    return Average(schedule, keeps_most, running_var), number
+        return Average(None, None, running_var), (number, 1 - number)
+    # Subtracted in double precision: in float32, 1 - 0.9999 is off by 2e-4 of itself.
+    weights = number, np.asarray(1 - float(momentum), number.dtype)
+    return Average(None, bool(number >= 0.5), running_var), weights
 
 
 def checked_schedule(name: str, given: Any, dtype: Any, check: Callable[[str, Any], float]) -> tuple[Any, Any]:

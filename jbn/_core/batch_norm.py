@@ -95,11 +95,11 @@ def batch_norm(
     _arguments.check_flag("train", train, "batch statistics", "running statistics")
     options = {"epsilon": epsilon, "feature_axis": feature_axis, "activation": activation, "dtype": dtype}
     inputs, rule = checked_call(params, state, Inputs(x, mask, shortcut), train=train, **options)
-    average, number = _scheduled.checked_average(momentum, running_var, state, train)
+    average, weights = _scheduled.checked_average(momentum, running_var, state, train)
     if not train:
         return normalize_by_state(rule, params, state, inputs), state
     rule = training_rule(rule, inputs.x, axis_name, axis_index_groups, ghost_batch_size)
-    return normalize_by_batch(rule._replace(average=average), params, state, inputs, Numbers(momentum=number))
+    return normalize_by_batch(rule._replace(average=average), params, state, inputs, Numbers(weights))
 
 
 def normalize(

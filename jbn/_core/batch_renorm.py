@@ -111,7 +111,7 @@ def batch_renorm(
     inputs, rule = checked_call(params, state, Inputs(x, mask, shortcut), train=train, **options)
     if is_complex(inputs.x):
         raise TypeError(f"`x` has dtype {inputs.x.dtype.name}: expected a float dtype; jbn.batch_norm takes complex x.")
-    average, number = _scheduled.checked_average(momentum, running_var, state, train)
+    average, weights = _scheduled.checked_average(momentum, running_var, state, train)
     r_schedule, r_number = checked_bound("r_max", r_max, state, train)
     d_schedule, d_number = checked_bound("d_max", d_max, state, train)
     if not train:
@@ -121,7 +121,7 @@ def batch_renorm(
     traced = isinstance(r_number, Tracer) or isinstance(d_number, Tracer)
     if traced or (r_number, d_number) != (1, 0):
         rule = rule._replace(correction=Correction(r_schedule, d_schedule))
-    return normalize_by_batch(rule, params, state, inputs, Numbers(number, r_number, d_number))
+    return normalize_by_batch(rule, params, state, inputs, Numbers(weights, r_number, d_number))
 
 
 @dataclasses.dataclass(frozen=True)

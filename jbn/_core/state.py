@@ -133,8 +133,8 @@ def update(state: State, moments: Moments, *, momentum: float | Schedule = 0.99,
     for name, vectors in (("state", state), ("moments", moments)):
         _arguments.check_vectors(name, vectors, features, "the shape of `state.mean`")
     _dtypes.check_state_dtype(state)
-    average, number = _scheduled.checked_average(momentum, running_var, state, True)
-    return _moved(average, state, moments, Numbers(momentum=number), True)
+    average, weights = _scheduled.checked_average(momentum, running_var, state, True)
+    return _moved(average, state, moments, Numbers(weights), True)
 
 
 def moved(average: Average, old: State, batch: Moments, numbers: Numbers, may_be_empty: bool) -> State:
@@ -149,10 +149,10 @@ def moved(average: Average, old: State, batch: Moments, numbers: Numbers, may_be
     # The batch is split over devices like the state, so that a loop can carry the state.
     axes = range(old.mean.ndim)
     batch = Moments(*(split_as(cast(value, like), old.mean, axes) for value, like in zip(batch, kinds, strict=True)))
-    momentum = numbers.momentum
+    weights = numbers.weights
     if average.schedule is not None:
         momentum = jnp.clip(_scheduled.scheduled("momentum", average.schedule, old.count, dtype), 0, 1)
-    weights = momentum, 1 - momentum
+        weights = momentum, 1 - momentum
     # An unset feature starts from the batch. This is selected before any arithmetic, in which -inf would give NaN.
     unset = old.var == -jnp.inf
     start_mean, start_var = lax.select(unset, batch.mean, old.mean), lax.select(unset, batch.var, old.var)

@@ -159,12 +159,13 @@ def test_averages_of_states_inside_a_loop_keep_their_dtypes_and_train_on(rng):
 @pytest.mark.parametrize("momentum", [0.999, 0.9999])
 def test_update_with_a_momentum_near_one_loses_nothing(rng, momentum):
     state, mean, var = STATE, np.zeros(3), np.ones(3)
-    rounded = np.float64(np.float32(momentum))
     step = jax.jit(lambda s, b: jbn.update(s, b, momentum=momentum))
+    first = jbn.moments(np.ones((4, 3), np.float32))
+    assert_close(step(state, first).mean, np.full(3, 1 - momentum))  # not by 1 - float32(momentum)
     for _ in range(50):
         x = (rng.normal(size=(16, 3)) * 2 + 3).astype(np.float32)
         state = step(state, jbn.moments(x))
-        mean, var = reference.update(mean, var, reference.batch_norm(x), rounded)
+        mean, var = reference.update(mean, var, reference.batch_norm(x), momentum)
     assert_close(state.mean, mean, scale=1)
     assert_close(state.var, var, scale=1)
 
