@@ -16,6 +16,7 @@ from hypothesis.extra import numpy as npst
 import jbn
 from support import reference
 from support.inputs import LAYOUTS
+from support.tolerances import UNIT
 
 TABLE = [
     *LAYOUTS,
@@ -134,9 +135,9 @@ def batches(draw, dtypes=("float32", "bfloat16", "float16"), smallest=-30, large
     batch = Batch(x, feature_axis, None)
     if draw(st.booleans()) if masked is None else masked:
         by_feature = draw(few(st.just(dtype == np.float32), st.booleans()))
-        batch = batch._replace(
-            mask=draw(npst.arrays(bool, shape if by_feature else [shape[axis] for axis in batch.reduced]))
-        )
+        mask = draw(npst.arrays(bool, shape if by_feature else [shape[axis] for axis in batch.reduced]))
+        # With a mask, sums are taken about a rounded mean.
+        batch = batch._replace(mask=mask, rounding=4 * UNIT["float64" if dtype == np.float64 else "float32"])
     return batch
 
 
