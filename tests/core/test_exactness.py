@@ -120,6 +120,14 @@ def test_epsilon_bounds_the_gain():
     np.testing.assert_allclose(out, [[-5e-5 / np.sqrt(1e-2 + 2.5e-9)], [5e-5 / np.sqrt(1e-2 + 2.5e-9)]], rtol=1e-5)
 
 
+@pytest.mark.parametrize(("rows", "value"), [(9, 6e18), (2**20, 1e14)])
+def test_a_sum_whose_square_is_beyond_the_range_loses_no_variance(rows, value):
+    """XLA may square the sum before it divides by the count."""
+    x = np.zeros((rows, 1), np.float32)
+    x[: rows // 2 + 1] = value
+    assert_close(jax.jit(jbn.moments)(x).var, np.var(x, 0, dtype=np.float64))
+
+
 @pytest.mark.parametrize("norm", [jbn.batch_norm, jbn.batch_renorm])
 def test_a_variance_beyond_the_range_is_loud(norm):
     """The reciprocal of its square root is 0, so the output would be the bias without a warning."""
