@@ -190,14 +190,14 @@ def batch_moments(rule: Rule, x: jax.Array, mask: jax.Array | None) -> ShiftedMo
 def _about(reduced: tuple[int, ...], count: Any, shift: jax.Array, x: jax.Array, mask: Any = None) -> list[jax.Array]:
     """[shift, offset, var]; the relative error of the biased variance grows with |offset|**2 / var.
 
-    z = x - shift,  offset = mean(z),  var = (sum(|z|**2) - offset * sum(z)) / count
+    z = x - shift,  offset = mean(z),  var = mean(|z|**2) - |offset|**2
     """
     shift = lax.stop_gradient(shift)  # mean and variance do not depend on the shift
     z = zero_masked(wide(x) - lax.expand_dims(shift, reduced), mask)
-    total, squares = jnp.sum(z, reduced), jnp.sum(inner(z, z), reduced)
-    offset = total / cast(count, total.dtype)
-    # Not mean(|z|**2) - |offset|**2: XLA computes |offset|**2 as |total|**2 / count**2, which may overflow.
-    return [shift, offset, jnp.maximum((squares - inner(offset, total)) / cast(count, squares.dtype), 0)]
+    offset, mean_square = (jnp.sum(v, reduced) / cast(count, v.dtype) for v in (z, inner(z, z)))
+    # Without this maximum, XLA computes |offset|**2 as |sum(z)|**2 / count**2, which may overflow where var does not.
+    bounded = by_parts(lambda part: jnp.maximum(part, jnp.finfo(part.dtype).min), offset)
+    return [shift, offset, jnp.maximum(mean_square - inner(bounded, offset), 0)]
 
 
 def _about_zero_first(reduced: tuple[int, ...], count: Any, x: jax.Array) -> list[jax.Array]:
