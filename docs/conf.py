@@ -32,18 +32,16 @@ html_show_sourcelink = False
 html_math_renderer = "mathml"
 pygments_style, pygments_dark_style = "a11y-light", "a11y-high-contrast-dark"
 
-myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # the tests run the notebooks; the site shows the outputs that are kept in them
-nb_merge_streams = True
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
 default_role = "py:obj"
 autodoc_typehints = "none"  # the docstrings say types and shapes
 autodoc_preserve_defaults = True
-autodoc_member_order = "bysource"
-autosummary_generate = False
+autosummary_generate = False  # the pages of the reference are written by hand
 napoleon_custom_sections = ["Returns", ("Source", "References")]  # "Returns" as text: it has no type before a colon
 
 
@@ -51,16 +49,15 @@ def with_equations(app: Any, what: str, name: str, thing: Any, options: Any, lin
     """Docstrings are plain text: their equations become formulas, and what has a meaning in reST is quoted."""
     text = "\n".join(lines).replace("Raises:\n    Nothing.\n\n", "").replace("Attributes:\n", "Args:\n")
     text = re.sub(r"\n\nSource:\n    jbn's own convention\.", "", text)
-    paragraphs = text.split("\n\n")
-    for number, paragraph in enumerate(paragraphs):
-        if re.match(r"\w+:\n", paragraph) or ">>>" in paragraph:
-            break
-        found = equations.equations(paragraph) if number else None
-        paragraphs[number] = "\n\n".join(f".. math:: {one}" for one in found) if found else _quoted(paragraph)
-    else:
-        number = len(paragraphs)
-    paragraphs[number:] = [text if ">>>" in text else _quoted(text) for text in paragraphs[number:]]
-    lines[:] = "\n\n".join(paragraphs).split("\n")
+    lines[:] = "\n\n".join(map(_in_rest, text.split("\n\n"))).split("\n")
+
+
+def _in_rest(paragraph: str) -> str:
+    """A paragraph of a docstring in reST."""
+    if ">>>" in paragraph:
+        return paragraph
+    found = equations.equations(paragraph)
+    return "\n\n".join(f".. math:: {one}" for one in found) if found else _quoted(paragraph)
 
 
 def _quoted(text: str) -> str:
@@ -79,9 +76,7 @@ def setup(app: Any) -> None:
 def as_it_is_written(app: Any, what: str, name: str, thing: Any, options: Any, signature: str, returned: str) -> Any:
     """The signature of a Flax module without Flax's own arguments, and with the names of functions and types."""
     signature = re.sub(r", parent=.*(?=\)$)", "", signature or "")
-    return re.sub(
-        r"<(?:function|class) '?([\w.]+)'?(?: at \w+)?>", lambda found: found[1].split(".")[-1], signature
-    ), returned
+    return re.sub(r"<(?:function|class) '?(?:\w+\.)*(\w+)'?(?: at \w+)?>", r"\1", signature), returned
 
 
 def _inline(translator: Any, node: Any) -> None:

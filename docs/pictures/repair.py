@@ -16,13 +16,14 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from jbn.plot import BLUE, VERMILLION
+
 RUNS = {
     "0.999": "momentum 0.999",
     "0.99": "momentum 0.99, the default\nof jbn, Flax and Keras",
     "0.9": "momentum 0.9",
     "warmup:0.99": "momentum warmup(0.99)",
 }
-ORANGE, BLUE = "#D55E00", "#0072B2"  # from the palette of Okabe and Ito
 
 
 def accuracies(momentum: str, folder: Path) -> tuple[float, float]:
@@ -38,12 +39,14 @@ def draw(found: dict[str, tuple[float, float]], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 3.2), layout="constrained")
     for row, (running, calibrated) in enumerate(found.values()):
         axes.plot([running, calibrated], [row, row], color="0.7", linewidth=2, zorder=1)
-        axes.text(running - 1.5, row, f"{running:.1f}%", ha="right", va="center", color=ORANGE)
+        axes.text(running - 1.5, row, f"{running:.1f}%", ha="right", va="center", color=VERMILLION)
         axes.text(calibrated + 1.5, row, f"{calibrated:.1f}%", ha="left", va="center", color=BLUE)
     rows = range(len(found))
-    points = {"zorder": 2, "s": 60}
-    axes.scatter([a for a, _ in found.values()], rows, color=ORANGE, label="running statistics", marker="o", **points)
-    axes.scatter([b for _, b in found.values()], rows, color=BLUE, label="after jbn.calibrate", marker="D", **points)
+    names = ("running statistics", "after jbn.calibrate")
+    for name, column, color, marker in zip(
+        names, zip(*found.values(), strict=True), (VERMILLION, BLUE), "oD", strict=True
+    ):
+        axes.scatter(column, rows, color=color, label=name, marker=marker, zorder=2, s=60)
     axes.set_yticks(rows, found)
     axes.set(
         xlim=(0, 110), xticks=range(0, 101, 20), ylim=(len(found) - 0.5, -0.5), xlabel="accuracy on held-out digits (%)"

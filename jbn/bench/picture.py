@@ -9,8 +9,8 @@ from jbn.bench.run import Record
 from jbn.bench.step_report import first_ratio, summary
 from jbn.bench.timing import Spread
 
-LOOKS = list(zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"), "osD^vPX", strict=True))
-"""The colors of Okabe and Ito, which color-blind readers can tell apart, each with a marker."""
+MARKERS = "osD^vPX"
+"""A marker for each color of `jbn.plot`."""
 TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
 WIDTH = 90
 """Characters per line of a title."""
@@ -64,12 +64,14 @@ def _figure(records: Sequence[Record], panels: int) -> tuple[Any, Any]:
 
 def _dots(ax: Any, found: Sequence[Mapping[str, Spread]], names: Sequence[str]) -> None:
     """Draw the ratios of each name with its own color and marker, each name a little lower than the one before it."""
+    from jbn.plot import COLORS
+
     for place, name in enumerate(names):
         if lines := [line for line, ratios in enumerate(found) if name in ratios]:
             spreads = [found[line][name] for line in lines]
             medians = [ratio.median for ratio in spreads]
             bars = [[r.median - r.low for r in spreads], [r.high - r.median for r in spreads]]
-            color, marker = LOOKS[place % len(LOOKS)]
+            color, marker = COLORS[place % len(COLORS)], MARKERS[place % len(MARKERS)]
             below = [line + 0.5 * (place + 0.5) / len(names) - 0.25 for line in lines]
             ax.errorbar(medians, below, xerr=bars, fmt=marker, color=color, label=name, markersize=5, elinewidth=1)
     ax.axvline(1, color="0.3", linewidth=1)

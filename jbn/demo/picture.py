@@ -11,8 +11,7 @@ from jbn.demo.loop import CHANNELS, WATCHED, Result
 from jbn.demo.options import Options
 
 FEW = 12
-BLUE, VERMILLION, SKY_BLUE = "#0072B2", "#D55E00", "#56B4E9"
-"""Colors of Okabe and Ito, which color-blind readers can tell apart."""
+BLUE, VERMILLION, *_, SKY_BLUE, _ = plot.COLORS
 
 
 def draw(folder: Path, options: Options, result: Result) -> Path:
