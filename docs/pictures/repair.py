@@ -42,11 +42,9 @@ def draw(found: dict[str, tuple[float, float]], path: Path) -> None:
         axes.text(running - 1.5, row, f"{running:.1f}%", ha="right", va="center", color=VERMILLION)
         axes.text(calibrated + 1.5, row, f"{calibrated:.1f}%", ha="left", va="center", color=BLUE)
     rows = range(len(found))
-    names = ("running statistics", "after jbn.calibrate")
-    for name, column, color, marker in zip(
-        names, zip(*found.values(), strict=True), (VERMILLION, BLUE), "oD", strict=True
-    ):
-        axes.scatter(column, rows, color=color, label=name, marker=marker, zorder=2, s=60)
+    running, calibrated = zip(*found.values(), strict=True)
+    axes.scatter(running, rows, color=VERMILLION, label="running statistics", marker="o", zorder=2, s=60)
+    axes.scatter(calibrated, rows, color=BLUE, label="after jbn.calibrate", marker="D", zorder=2, s=60)
     axes.set_yticks(rows, found)
     axes.set(
         xlim=(0, 110), xticks=range(0, 101, 20), ylim=(len(found) - 0.5, -0.5), xlabel="accuracy on held-out digits (%)"
