@@ -3,7 +3,7 @@
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -54,8 +54,9 @@ def train(
     everywhere, split = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec(AXIS)))
     optimizer = optax.adamw(optax.cosine_decay_schedule(options.learning_rate, options.steps))
     chex.clear_trace_counter()
-    step = make_step(mesh, optimizer, momentum=momentum_from_text(options.momentum), running_var=options.running_var)
-    shared_statistics = make_shared_statistics(mesh)
+    norm_options = {"momentum": momentum_from_text(options.momentum), "running_var": options.running_var}
+    step = _one_at_a_time(make_step(mesh, optimizer, **norm_options), mesh)
+    shared_statistics = _one_at_a_time(make_shared_statistics(mesh), mesh)
     params, state = _initialized(options.seed)
     done, run, record = _start(Run(params, state, optimizer.init(params)), manager)
     run = jax.device_put(run, everywhere)
@@ -79,6 +80,16 @@ def train(
         return Result(record, _watched(jbn.unset(own_run.state)), own_run, None, None)
     accuracy = float(evaluate(own_run.params, calibrated, digits.held_out, train=False).accuracy)
     return Result(record, _watched(calibrated), own_run, calibrated, accuracy)
+
+
+def _one_at_a_time(program: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """On several devices of a CPU, wait for each result: XLA's collectives of two programs can block each other there.
+
+    They share the threads of the process. With eight devices on two cores, runs with hundreds of steps in flight hung.
+    """
+    if mesh.size == 1 or mesh.devices.flat[0].platform != "cpu":
+        return program
+    return lambda *given: jax.block_until_ready(program(*given))
 
 
 def _initialized(seed: int) -> tuple[model.Tree, model.Tree]:

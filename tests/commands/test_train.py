@@ -92,6 +92,29 @@ def test_two_devices_share_their_statistics(run):
         np.testing.assert_allclose(one["running"][statistic], getattr(two.running, statistic), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.devices(2)
+@pytest.mark.cpu
+def test_a_step_on_several_cpu_devices_waits_for_the_last(monkeypatch):
+    """XLA's collectives on the CPU hang when programs in flight share the threads."""
+    make_step, last = loop.make_step, []
+
+    def watched(*given, **options):
+        step = make_step(*given, **options)
+
+        def checked(run, batch):
+            assert all(metrics.loss.is_ready() for metrics in last)
+            run, metrics = step(run, batch)
+            last[:] = [metrics]
+            return run, metrics
+
+        return checked
+
+    monkeypatch.setattr(loop, "LOOKS", 2)
+    monkeypatch.setattr(loop, "make_step", watched)
+    loop.train(Options(steps=20, batch_size=BATCH, devices=2), data.load(), lambda look: None)
+    assert last
+
+
 def test_a_process_that_does_not_write_only_trains(tmp_path, command, monkeypatch):
     monkeypatch.setattr(processes, "writes", lambda: False)
     monkeypatch.setattr(loop, "_look", lambda *given: pytest.fail("it looked at the network"))
