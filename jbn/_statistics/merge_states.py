@@ -26,7 +26,8 @@ def merge_states(*trees: Any, weights: Sequence[ArrayLike] | None = None) -> Any
 
     Args:
         *trees: running statistics with the same nodes: states, or trees that have `mean` and `var` in some nodes, such
-            as Linen variables or `nnx.state` of a model. Unset features of a tree are left out of the merge.
+            as Linen variables or `nnx.state` of a model. Unset features of a tree are left out of the merge. So are
+            features with the initial mean 0, variance 1 and count 0, if another tree has updated them.
         weights: a number of at least 0 for each tree, such as the number of examples that it saw; None weighs all trees
             equally. A tree of weight 0 affects only the count, whatever it holds.
 
@@ -61,6 +62,11 @@ def merge_states(*trees: Any, weights: Sequence[ArrayLike] | None = None) -> Any
     """
     if not trees:
         raise ValueError("`merge_states` got no trees: expected at least one with statistics, such as a jbn.State.")
+    if len(trees) == 1 and type(trees[0]) in (list, tuple):
+        raise ValueError(
+            f"`merge_states` got one tree, a {type(trees[0]).__name__} of {len(trees[0])}: expected an argument for each "
+            "tree, as in merge_states(*trees)."
+        )
     forests = [nodes.find(tree, f"`trees[{number}]`") for number, tree in enumerate(trees)]
     merged = {}
     for path in forests[0].nodes:
@@ -103,6 +109,11 @@ def _merged(replicas: list[dict[str, jax.Array]], weights: jax.Array) -> dict[st
     var = stacked["var"]
     weight = jnp.expand_dims(weights, range(1, var.ndim)).astype(var.dtype)
     weight = jnp.where(jnp.isneginf(var), jnp.zeros((), var.dtype), weight)
+    if "count" in stacked and stacked["count"].shape == var.shape:
+        updated = stacked["count"] > 0
+        initial = ~updated & (stacked["mean"] == 0) & (var == 1)
+        beside_updated = jnp.any(updated & (weight > 0), axis=0, keepdims=True)
+        weight = jnp.where(initial & beside_updated, jnp.zeros((), var.dtype), weight)
     mean, var = (jnp.where(weight > 0, leaf, jnp.zeros((), leaf.dtype)) for leaf in (stacked["mean"], var))
     merged = merge_stacked(ShiftedMoments(shift=mean, offset=None, var=cast(var, real_dtype(mean.dtype)), count=weight))
     known = merged.count > 0

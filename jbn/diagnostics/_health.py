@@ -47,8 +47,8 @@ def health(
     Returns:
         Table with one row for each norm: its path, the number of channels, the fewest updates of a channel (None
         without a count), the number of channels with each of four faults (far is None without a population), the reason
-        if it is stale (never updated, fewer updates than other norms, or the weight of the initial values), and the
-        missing variables, if any.
+        if it is stale (it or some channels were never updated, it has fewer updates than other norms, or the initial
+        values have too much weight), and the missing variables, if any.
 
     Raises:
         TypeError: an option is not a number, or a tree is traced.
@@ -136,6 +136,9 @@ def _stale(fields: dict[str, np.ndarray], updates: int | None, most: int, moment
         return "never updated"
     if updates is None:
         return None
+    untouched = np.sum(fields["count"] == 0)
+    if 0 < untouched < np.size(fields["count"]):
+        return f"{untouched} never updated"
     if updates < most:
         return f"{updates} of {most} updates"
     if momentum is not None and momentum**updates > FORGOTTEN:

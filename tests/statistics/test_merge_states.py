@@ -67,6 +67,17 @@ def test_unset_features_say_nothing():
     assert_close(again.var, [1, 1, 1])
 
 
+def test_a_replica_that_saw_no_value_says_nothing_beside_one_that_did():
+    """Its mean 0 and variance 1 are those of jbn.init. Where no replica was updated, they stay."""
+    updated = known(100.0, 2.0, 50)._replace(count=jnp.array([50.0, 50.0, 0.0]))
+    for replicas in ((STATE, updated), (updated, STATE)):
+        merged = jbn.merge_states(*replicas)
+        assert_close(merged.mean, [100, 100, 50])
+        assert_close(merged.var[:2], [2, 2])
+    np.testing.assert_array_equal(jbn.merge_states(STATE, STATE).var, [1, 1, 1])
+    np.testing.assert_array_equal(jbn.merge_states(STATE, updated, weights=[1, 0]).var, [1, 1, 1])
+
+
 def assert_same_types(tree, expected):
     assert [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)] == [
         (leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(expected)
@@ -188,6 +199,9 @@ def merging(*trees, **weights):
 
 REFUSED = {
     "no trees": Refused(merging(), ValueError, "merge_states", "got no trees", "such as a jbn.State"),
+    "a forgotten star": Refused(
+        merging([STATE, STATE]), ValueError, "merge_states", "got one tree, a list of 2", "merge_states(*trees)"
+    ),
     "no statistics": Refused(merging(STATE, [1.0]), ValueError, "trees[1]", "no statistics", "float `mean` and `var`"),
     "other norms": Refused(
         merging({"a": STATE, "b": STATE}, {"a": STATE, "c": STATE}),
