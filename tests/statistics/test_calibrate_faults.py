@@ -91,7 +91,7 @@ ARGUMENTS = {
         ValueError,
         "weights",
         "gives None at b for batch 0",
-        "an array for each norm: one weight per feature",
+        "with one array of weights in place of each norm",
     ),
     "batches of numbers": Refused(
         calibrate(batches=[[3.0, 4]]),
