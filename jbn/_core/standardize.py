@@ -135,7 +135,7 @@ def _tangent(rule: Rule, kept: Residuals, inputs_t: Inputs, affine_t: Affine) ->
         sums = sums if rule.sharing is None else sum_over(rule.sharing, sums)
         count = kept.batch.count if jnp.ndim(kept.batch.count) == 0 else jnp.maximum(kept.batch.count, 1)
         of_x, mean_t, covariance = [spread(a) * again], *(total / cast(count, total.dtype) for total in sums)
-    along = (affine_t.scale - a * kept.rstd * cast(covariance, a.dtype)) * kept.rstd
+    along = (affine_t.scale - a * (kept.rstd * cast(covariance, a.dtype))) * kept.rstd
     terms = [*of_x, xc * spread(along), spread(affine_t.bias - a * mean_t)]
     shortcut_t = None if inputs_t.shortcut is None else zero_masked(inputs_t.shortcut, mask)
     if rule.activation is None or kept.result is not None:
@@ -171,6 +171,7 @@ def _activated_tangent(rule: Rule, inputs: Inputs, line: Any, terms: list[jax.Ar
         before = xc * lax.expand_dims(a, rule.reduced) + lax.expand_dims(bias, rule.reduced)
         if inputs.shortcut is not None:
             before = before + wide(zero_masked(inputs.shortcut, inputs.mask))
+        before = zero_masked(before, inputs.mask)  # as in `transform`
         # A tangent must have the type of its primal: shape, sharding, and the axes over which it varies.
         term = term if jax.typeof(term) == jax.typeof(before) else jnp.zeros_like(before) + term
         term = zero_masked(term, inputs.mask)  # An infinite slope of a masked value would give 0 * inf.
