@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import serialization
+from jax.sharding import AbstractMesh, SingleDeviceSharding
 
 from jbn._statistics import nodes
 from jbn._statistics.upgrade import fits, for_each_feature
@@ -283,7 +284,9 @@ def _abstract(leaf: Any) -> Any:
         return leaf
     if not _has_jax(leaf.dtype) or isinstance(leaf, np.generic):
         return np.zeros(leaf.shape, leaf.dtype)
-    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    # On an explicit mesh, jax.eval_shape gives an abstract mesh, which names no devices.
+    named = leaf.sharding is not None and not isinstance(getattr(leaf.sharding, "mesh", None), AbstractMesh)
+    sharding = leaf.sharding if named else SingleDeviceSharding(jax.devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
