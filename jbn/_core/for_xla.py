@@ -51,8 +51,8 @@ def behind_barrier(values: Any, only_on: str | None = None) -> Any:
     return by_platform(lambda values: values, values, **{only_on: lax.optimization_barrier})
 
 
-def added(line: jax.Array, constant: jax.Array, dtype: Any) -> jax.Array:
-    """line + constant, cast to a half-precision dtype.
+def added(varying: jax.Array, constant: jax.Array, dtype: Any) -> jax.Array:
+    """varying + constant, cast to a half-precision dtype.
 
     The transpose sums the cotangent twice, and one of the sums belongs to `constant`. On a GPU, that sum reads the
     cotangent in `dtype`, behind an optimization barrier. XLA then fuses the other sum with the activation that follows
@@ -60,8 +60,10 @@ def added(line: jax.Array, constant: jax.Array, dtype: Any) -> jax.Array:
     barrier. With silu, a small network takes 0.991 of the time of Flax's on an H100, and 1.004 without. In forward
     mode on a GPU, both terms are rounded to `dtype` before they are added.
     """
-    on_gpu = {"cuda": lambda line, constant: line.astype(dtype) + lax.optimization_barrier(constant.astype(dtype))}
-    return _chosen_form(lambda line, constant: (line + constant).astype(dtype), on_gpu, line, constant)
+    on_gpu = {
+        "cuda": lambda varying, constant: varying.astype(dtype) + lax.optimization_barrier(constant.astype(dtype))
+    }
+    return _chosen_form(lambda varying, constant: (varying + constant).astype(dtype), on_gpu, varying, constant)
 
 
 def computed_once(center: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Mean, variance and count of a batch, exact for any ratio of mean to spread, and the exact merge of several."""
+"""Mean, variance and count of a batch, accurate at any ratio of mean to spread, and the exact merge of several."""
 
 import functools
 import math
@@ -189,7 +189,7 @@ def _valid(reduced: tuple[int, ...], x: jax.Array, mask: jax.Array | None) -> An
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _of_place(reduced: tuple[int, ...], x: jax.Array, mask: jax.Array | None, count: Any) -> list[jax.Array]:
-    """[shift, offset, var] of the valid values in this place; with a mask in two passes, of which one finds the mean."""
+    """[shift, offset, var] of the valid values in this place; with a mask in two passes, the first for the mean."""
     if mask is not None:
         divisor = jnp.maximum(count, 1)
         mean = for_xla.computed_once(jnp.sum(zero_masked(wide(x), mask), reduced) / cast(divisor, wide(x).dtype))
@@ -236,7 +236,7 @@ def _about_zero_first(reduced: tuple[int, ...], count: Any, x: jax.Array) -> lis
     zero = jnp.zeros_like(jnp.sum(wide(x), reduced))  # split over devices as the sums are
     first = _about(reduced, count, zero, x)
     _, mean, var = first
-    # While mean**2 <= 8 * var, the variance is off by at most about 9 units of rounding. ~(a <= b) also catches NaN.
+    # While mean**2 <= 8 * var, the variance has at most 9 times the rounding error of the sums. ~(a <= b) catches NaN.
     lost = jnp.any(~(inner(mean, mean) <= 8 * var) | ~lax.is_finite(var))
     again = functools.partial(_about, reduced, count)
     return lax.cond(lost, lambda x, first: again(for_xla.computed_once(first[1]), x), lambda x, first: first, x, first)
@@ -253,8 +253,8 @@ def near_the_data(x: jax.Array, reduced: tuple[int, ...]) -> jax.Array:
     """
     if not reduced:
         return wide(x)
-    inner = [axis for axis in reduced[1:] if isinstance(x.shape[axis], int) and x.shape[axis] >= 3]
-    along = (inner or reduced)[0]
+    positions = [axis for axis in reduced[1:] if isinstance(x.shape[axis], int) and x.shape[axis] >= 3]
+    along = (positions or reduced)[0]  # the first reduced axis is that of the examples
     size = x.shape[along]
     # The other axes are sliced first, so that little has to be sent where `along` is split over devices.
     for axis in reduced:
@@ -301,9 +301,7 @@ def _merged(part: ShiftedMoments, add: Callable[[Sequence[jax.Array]], Sequence[
     distance = part.shift - center if part.offset is None else (part.shift - center) + part.offset
     distance = jnp.where(part.count > 0, distance, jnp.zeros_like(distance))
     share = part.count / divisor  # before the sums, which would overflow for large variances
-    offset, mean_square = add(
-        (cast(share, distance.dtype) * distance, share * (part.var + inner(distance, distance)))
-    )
+    offset, mean_square = add((cast(share, distance.dtype) * distance, share * (part.var + inner(distance, distance))))
     var = mean_square - inner(offset, offset)
     # max(var, 0), with the derivative of var where rounding decides.
     return ShiftedMoments(center, offset, var + lax.stop_gradient(jnp.maximum(-var, 0)), count)
@@ -322,7 +320,8 @@ def mean_of(batch: ShiftedMoments) -> jax.Array:
 def centered(reduced: tuple[int, ...], x: jax.Array, mask: jax.Array | None, batch: ShiftedMoments) -> jax.Array:
     """(x - shift) - offset, in that order, because x - shift is nearly exact and shift + offset is not.
 
-    Masked values of x are replaced by the shift, so that no activation overflows, whatever x holds there.
+    Masked values of x are replaced by the shift, so that no activation overflows, whatever x holds there; the result
+    there is -offset.
     """
     shift = lax.expand_dims(batch.shift, reduced)
     if mask is not None:

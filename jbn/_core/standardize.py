@@ -18,6 +18,8 @@ The vectors `along` and `constant` hold both means, so the transpose of line_t, 
 Let g be the cotangent of xc * a + bias, and xhat = xc * rstd. Then
 
     dx = a * (g - mean(g) - xhat * mean(g * xhat)),  dscale = sum(g * xhat),  dbias = sum(g)
+
+Higher derivatives come from differentiating these formulas, with moments from `batch_moments`, which have their own.
 """
 
 import functools
@@ -148,11 +150,11 @@ def _tangent(rule: Rule, kept: Residuals, inputs_t: Inputs, affine_t: Affine) ->
 def _plain_tangent(rule: Rule, result: Any, terms: list[jax.Array], shortcut_t: Any) -> jax.Array:
     """The sum of the terms without an activation, or with relu, whose slope is 1 where the result is positive."""
     *others, constant = terms
-    line = functools.reduce(jnp.add, others)
+    varying = functools.reduce(jnp.add, others)
     if result is None and rule.dtype == jnp.bfloat16:
-        out_t = for_xla.added(line, jnp.zeros_like(line) + constant, rule.dtype)
+        out_t = for_xla.added(varying, jnp.zeros_like(varying) + constant, rule.dtype)
     else:
-        out_t = (line + constant).astype(rule.dtype)
+        out_t = (varying + constant).astype(rule.dtype)
     if shortcut_t is not None:
         out_t = out_t + shortcut_t.astype(rule.dtype)
     return out_t if result is None else jnp.where(result > 0, out_t, jnp.zeros_like(out_t))

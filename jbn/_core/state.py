@@ -107,7 +107,8 @@ def update(state: State, moments: Moments, *, momentum: float | Schedule = 0.99,
             feature's count of updates, an int32 scalar.
         running_var: the variance that is averaged: "biased" (Keras, Flax); "unbiased" (PyTorch), multiplied by
             n / (n - 1); or "total", which adds momentum * (1 - momentum) * (batch mean - old mean)**2 to the average.
-            "total" tends to the population variance, because it includes the variance between batches.
+            "total" includes the variance between batches. For batches of n values, it tends to the population variance
+            times 1 - (1 - momentum) / (1 + momentum) / n.
 
     Returns:
         State with the dtypes of the old one. It carries no gradient.
