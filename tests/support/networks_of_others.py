@@ -3,6 +3,9 @@
 Each function takes a dtype, which it passes on where the network has such an option. The packages are imported inside.
 """
 
+# pyright: reportMissingImports=false
+# Each package has a virtual environment of its own.
+
 import functools
 import sys
 from collections.abc import Callable, Mapping
@@ -85,8 +88,8 @@ def nnx_classifier(model, logits, split):
         model.eval()
         return (logits(model, batch[0]).argmax(-1) == batch[1]).mean()
 
-    variables = dict(zip(("params", "batch_stats"), map(nnx.to_pure_dict, states), strict=True))
-    return Case(differentiated(loss), jax.jit(score), variables, *split)
+    params, stats = map(nnx.to_pure_dict, states)
+    return Case(differentiated(loss), jax.jit(score), {"params": params, "batch_stats": stats}, *split)
 
 
 def jax_resnet(dtype):
