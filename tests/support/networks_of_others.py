@@ -150,6 +150,7 @@ def scvi(dtype):
     from scvi.data import synthetic_iid
     from scvi.module import JaxVAE
 
+    np.random.seed(0)
     cells = synthetic_iid()
     order = np.random.default_rng(0).permutation(len(cells))
     genes, origin = cells.X[order].astype(np.float32), cells.obs["batch"].cat.codes.to_numpy()[order, None]
