@@ -3,14 +3,18 @@
 `test_train.py` inspects a checkpoint of `jbn train`.
 """
 
+import itertools
 import re
 from pathlib import Path
+from typing import Any
 
 import flax.serialization
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
+from flax.training import train_state
 from support.command_refusals import Refused, assert_commands_refused
 
 import jbn
@@ -30,6 +34,10 @@ PLANTED = {
     "no_count": ({"mean": GOOD.mean, "var": GOOD.var}, "missing"),
 }
 FAULTS = ("dead", "unset", "not finite", "far", "stale", "missing")
+
+
+class Trained(train_state.TrainState):
+    batch_stats: Any
 
 
 def saved(path, tree, kind):
@@ -82,6 +90,21 @@ def test_nothing_is_wrong_with_what_is_whole(tmp_path, inspected):
     for options in ((), ("--momentum", 0.5)):
         status, lines = inspected(path, *options)
         assert (status, lines[-1]) == (0, "no norm is faulty"), options
+
+
+def test_the_copies_of_the_params_in_an_optimizer_state_are_no_norms(tmp_path, inspected):
+    """A top-level norm and one in a block have the same name."""
+    params = {"BatchNorm_0": {"scale": jnp.ones(3), "bias": jnp.zeros(3)}, "Dense_0": {"bias": jnp.ones(3)}}
+    params |= {"Block_0": {"BatchNorm_0": params["BatchNorm_0"]}}
+    stats = {"BatchNorm_0": {"mean": GOOD.mean, "var": GOOD.var}}
+    optimizers = {"adam": optax.adam(0.1), "momentum": optax.sgd(0.1, momentum=0.9)}
+    for (name, optimizer), kind in itertools.product(optimizers.items(), ("orbax", "flax")):
+        for whole in (True, False):
+            found = stats | ({"Block_0": stats} if whole else {})
+            state = Trained.create(apply_fn=None, params=params, tx=optimizer, batch_stats=found)
+            status, lines = inspected(saved(tmp_path / f"{kind} {name} {whole}", state, kind))
+            last = "no norm is faulty" if whole else "1 of 2 norms are faulty: params/Block_0/BatchNorm_0"
+            assert (status, lines[-1]) == (not whole, last), (name, kind)
 
 
 def test_a_slow_average_is_still_the_start(tmp_path, inspected):

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen, nnx
 from support.refusals import Refused, assert_refused, jitted
@@ -76,7 +77,9 @@ def test_health_of_flax_models(rng):
     whole = diagnostics.health({"params": variables["params"], "batch_stats": stats})
     assert [row_of(whole, f"batch_stats/BatchNorm_{i}")["missing"] for i in range(2)] == [None, None]
     del stats["BatchNorm_1"]
-    partial = diagnostics.health({"params": variables["params"], "batch_stats": stats})
+    copies = {"opt_state": optax.adam(0.1).init(variables["params"]), "ema": variables["params"]}
+    partial = diagnostics.health({"params": variables["params"], "batch_stats": stats, **copies})
+    assert [row[0] for row in partial.rows] == ["batch_stats/BatchNorm_0", "params/BatchNorm_1"]
     assert row_of(partial, "params/BatchNorm_1")["missing"] == "mean, var"
     model = nnx.Sequential(jbn.nnx.BatchNorm(3, momentum=jbn.momentum.warmup(0.9), rngs=nnx.Rngs(0)))
     nnx.jit(lambda model, x: model(x))(model, x)
