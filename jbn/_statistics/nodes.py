@@ -80,8 +80,8 @@ def incomplete(tree: Any, norm: re.Pattern[str]) -> dict[Path, list[str]]:
     """The variables that are missing from the nodes of norms, by path.
 
     These are a `mean` or `var` if only the other is there, a `count` if most other norms have one, and both `mean` and
-    `var` if there is only a scale or bias in a node with a name that `norm` matches and no other node has its statistics.
-    Copies of the params, as in the state of an optimizer, are left out.
+    `var` if there is only a scale or bias in a node with a name that `norm` matches, and no other node has its
+    statistics. Copies of the params, as in the state of an optimizer, are left out.
     """
     members: dict[Path, set[str]] = {}
     for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]:

@@ -33,6 +33,7 @@ PLANTED = {
     "no_mean": ({"var": GOOD.var, "count": GOOD.count}, "missing"),
     "no_count": ({"mean": GOOD.mean, "var": GOOD.var}, "missing"),
 }
+UNCHECKED = "not checked: initial values (--momentum), distance from the population (--population)"
 FAULTS = ("dead", "unset", "not finite", "far", "stale", "missing")
 
 
@@ -87,9 +88,21 @@ def test_the_only_fault_is_named_in_the_last_line(tmp_path, inspected):
 
 def test_nothing_is_wrong_with_what_is_whole(tmp_path, inspected):
     path = saved(tmp_path / "orbax", {"a": GOOD, "b": GOOD}, "orbax")
-    for options in ((), ("--momentum", 0.5)):
+    both = ("--momentum", 0.5, "--population", path)
+    for options, last in (((), f"no fault found; {UNCHECKED}"), (both, "no fault found")):
         status, lines = inspected(path, *options)
-        assert (status, lines[-1]) == (0, "no norm is faulty"), options
+        assert (status, lines[-1]) == (0, last), options
+
+
+def test_initial_values_of_norms_without_a_count_need_the_number_of_updates(tmp_path, inspected):
+    path = saved(tmp_path / "flax", {"a": {"mean": GOOD.mean, "var": GOOD.var}}, "flax")
+    notes = []
+    for updates in ((), ("--updates", 40), ("--updates", 500)):
+        status, lines = inspected(path, "--momentum", 0.99, *updates)
+        assert status == (updates == ("--updates", 40)), updates
+        assert ("initial values weigh 67%" in "\n".join(lines)) == status
+        notes.append([line for line in lines if "Pass --updates N." in line])
+    assert list(map(len, notes)) == [1, 0, 0]
 
 
 def test_the_copies_of_the_params_in_an_optimizer_state_are_no_norms(tmp_path, inspected):
@@ -103,7 +116,7 @@ def test_the_copies_of_the_params_in_an_optimizer_state_are_no_norms(tmp_path, i
             found = stats | ({"Block_0": stats} if whole else {})
             state = Trained.create(apply_fn=None, params=params, tx=optimizer, batch_stats=found)
             status, lines = inspected(saved(tmp_path / f"{kind} {name} {whole}", state, kind))
-            last = "no norm is faulty" if whole else "1 of 2 norms are faulty: params/Block_0/BatchNorm_0"
+            last = f"no fault found; {UNCHECKED}" if whole else "1 of 2 norms are faulty: params/Block_0/BatchNorm_0"
             assert (status, lines[-1]) == (not whole, last), (name, kind)
 
 
@@ -146,6 +159,14 @@ REFUSED = {
     "no statistics": Refused("inspect kernel", "`tree`", "holds no statistics", "float `mean` and `var`", kernel),
     "other norms": Refused("inspect one --population other", "`population`", "'one', 'other'", "same", statistics),
     "epsilon": Refused("inspect one --epsilon 0", "`epsilon`", "is 0.0", "a positive number", statistics),
+    "a schedule": Refused(
+        "inspect one --momentum warmup:0.99",
+        "--momentum",
+        "is warmup:0.99: expected a number in [0, 1]. Under warmup, debiased and cumulative",
+        "so leave it out",
+        statistics,
+    ),
+    "updates": Refused("inspect one --updates -1", "`updates`", "is -1", "an int of at least 0", statistics),
     "population": Refused("inspect one --population no", "--population", "is no", "expected a file", statistics),
 }
 
