@@ -27,18 +27,7 @@ def forms(platform: str) -> Iterator[None]:
 
 
 def by_platform(plain: Callable[..., Any], *operands: Any, **by_name: Callable[..., Any]) -> Any:
-    """form(*operands), where form is the keyword argument named after the platform, or `plain` if there is none.
-
-    The custom_jvp makes this one opaque function to JAX. Otherwise JAX would look for known values in each form
-    whenever a norm is differentiated, which takes a fifth of the time to trace a step of a ResNet-50.
-    """
-    choose = functools.partial(_chosen_form, plain, by_name)
-    opaque = jax.custom_jvp(lambda *operands: choose(*operands))
-    opaque.defjvp(lambda primals, tangents: jax.jvp(choose, primals, tangents))
-    return opaque(*operands)
-
-
-def _chosen_form(plain: Callable[..., Any], by_name: dict[str, Callable[..., Any]], *operands: Any) -> Any:
+    """form(*operands), where form is the keyword argument named after the platform, or `plain` if there is none."""
     if _chosen:
         return by_name.get(_chosen[-1], plain)(*operands)
     return lax.platform_dependent(*operands, default=plain, **by_name)
@@ -63,7 +52,7 @@ def added(varying: jax.Array, constant: jax.Array, dtype: Any) -> jax.Array:
     on_gpu = {
         "cuda": lambda varying, constant: varying.astype(dtype) + lax.optimization_barrier(constant.astype(dtype))
     }
-    return _chosen_form(lambda varying, constant: (varying + constant).astype(dtype), on_gpu, varying, constant)
+    return by_platform(lambda varying, constant: (varying + constant).astype(dtype), varying, constant, **on_gpu)
 
 
 def computed_once(center: jax.Array) -> jax.Array:
