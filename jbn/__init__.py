@@ -18,7 +18,7 @@ from jbn._statistics.upgrade import upgrade
 if TYPE_CHECKING:
     from jbn import checkpoint, diagnostics, linen, nnx, plot
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Moments",
