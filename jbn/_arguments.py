@@ -84,7 +84,9 @@ def check_vectors(name: str, vectors: Any, expected: tuple[int, ...], why: str) 
         if vector is None and (name == "params" or (name, field) == ("state", "count")):
             continue
         if not is_array(vector):
-            raise TypeError(f"`{name}.{field}` is {vector!r}: expected a numeric array of shape {expected}.")
+            raise TypeError(
+                f"`{name}.{field}` is {shown(vector)}: expected a numeric array of NumPy or JAX, of shape {expected}."
+            )
         if np.shape(vector) != expected:
             # The mean and the variance fit already, so a count that does not comes from jbn 0.1.
             advice = f"one for each feature{of_upgrade(field)}" if field == "count" else why
@@ -97,6 +99,15 @@ def check_vectors(name: str, vectors: Any, expected: tuple[int, ...], why: str) 
 def of_upgrade(field: str) -> str:
     """The advice for a count of jbn 0.1, to append to a message."""
     return ". jbn.upgrade(tree) gives each feature of older statistics its own count" if field == "count" else ""
+
+
+def shown(value: Any) -> str:
+    """A value for a message: arrays of any library by their type and shape, NamedTuples by their type."""
+    kind, shape = type(value), getattr(value, "shape", None)
+    if shape is None and not hasattr(value, "_fields"):
+        return repr(value)
+    name = f"a {kind.__module__.partition('.')[0]}.{kind.__name__}"
+    return name if shape is None else f"{name} of shape {tuple(shape)}"
 
 
 def is_array(value: Any) -> TypeGuard[Numeric]:
@@ -148,7 +159,9 @@ def checked_shortcut(shortcut: Any, x: jax.Array) -> jax.Array | None:
     if shortcut is None:
         return None
     if not is_array(shortcut):
-        raise TypeError(f"`shortcut` is {shortcut!r}: expected an array of the shape of x, {x.shape}.")
+        raise TypeError(
+            f"`shortcut` is {shown(shortcut)}: expected an array of NumPy or JAX with the shape of x, {x.shape}."
+        )
     shortcut = shortcut if isinstance(shortcut, jax.Array) else jnp.asarray(shortcut)
     if shortcut.shape != x.shape:
         raise ValueError(

@@ -51,12 +51,12 @@ def check_kinds(params: Any, state: Any, x: jax.Array, name: str = "x") -> None:
             )
 
 
-def checked_state_dtype(name: str, dtype: Any) -> Any:
+def checked_state_dtype(name: str, dtype: Any, remedy: str = "Leave it out") -> Any:
     """Check the dtype of running statistics; half precision is refused, because it loses small updates."""
     if not is_state_dtype(dtype):
         raise TypeError(
             f"`{name}` is {_dtype_name(dtype)}: expected {' or '.join(STATE_DTYPES)}, since running statistics "
-            "lose small updates in half precision. Convert it with `.astype`. x itself may be in half precision."
+            f"lose small updates in half precision. {remedy}. x itself may be in half precision."
         )
     return jnp.dtype(dtype)
 
@@ -72,7 +72,7 @@ def check_state_dtype(state: Any, name: str = "state") -> None:
     for field, array in state._asdict().items():
         if array is None:
             continue
-        checked_state_dtype(f"{name}.{field}.dtype", jnp.result_type(array))
+        checked_state_dtype(f"{name}.{field}.dtype", jnp.result_type(array), "Convert it with `.astype`")
 
 
 def _dtype_name(dtype: Any) -> str:

@@ -87,7 +87,11 @@ def fold(
 
 
 def _float_array(name: str, value: Any) -> jax.Array:
-    if not _arguments.is_array(value) or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
-        given = getattr(value, "dtype", type(value).__name__)
-        raise TypeError(f"`{name}` is {given}: expected a float array.")
-    return jnp.asarray(value)
+    """The value as an array of JAX; tensors of PyTorch are converted too."""
+    try:
+        array = jnp.asarray(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"`{name}` is {_arguments.shown(value)}: expected a float array.") from None
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"`{name}` has dtype {array.dtype.name}: expected a float array.")
+    return array

@@ -148,14 +148,15 @@ def checked_sharing(axis_name: Any, axis_index_groups: Any) -> Sharing | None:
 
 def _check_bound(axis_name: Any) -> None:
     """Check that a surrounding transformation binds the axis."""
-    try:
-        lax.axis_size(axis_name)
-    except NameError:
-        raise NameError(
-            f"`axis_name` is {axis_name!r}, which no surrounding transformation binds: call inside "
-            f"jax.shard_map, jax.vmap(..., axis_name={axis_name!r}) or jax.pmap(..., axis_name={axis_name!r}), "
-            "or leave `axis_name` out. Under plain jit with a sharded batch it is not needed."
-        ) from None
+    for name in axis_name if isinstance(axis_name, tuple) else (axis_name,):
+        try:
+            lax.axis_size(name)
+        except NameError:
+            raise NameError(
+                f"`axis_name` is {axis_name!r}, but no surrounding transformation binds {name!r}: call inside "
+                f"jax.shard_map, jax.vmap(..., axis_name={name!r}) or jax.pmap(..., axis_name={name!r}), "
+                "or leave it out. Under plain jit with a sharded batch it is not needed."
+            ) from None
 
 
 def _checked_index_groups(axis_index_groups: Any) -> tuple[tuple[int, ...], ...]:

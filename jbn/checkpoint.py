@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import serialization
+from jax.sharding import AbstractMesh, SingleDeviceSharding
 
 from jbn._statistics import nodes
 from jbn._statistics.upgrade import fits, for_each_feature
@@ -221,7 +222,18 @@ def _check_same(path: Path, given: Leaves, expected: Leaves) -> None:
                 found.append(f"{_shown(where)} has dtype {dtype}, not {expected_dtype}")
     if found:
         listed = "\n  ".join(found)
-        raise ValueError(f"the checkpoint at `path` {path} does not match `target`:\n  {listed}")
+        end = _levels(given, expected)
+        raise ValueError(f"the checkpoint at `path` {path} does not match `target`{end}\n  {listed}")
+
+
+def _levels(given: Leaves, expected: Leaves) -> str:
+    """The end of the first line of an error, which says if only one of the trees has the level `value` of nnx.state."""
+    state, pure = "nnx.state(model)", "nnx.to_pure_dict(nnx.state(model))"
+    for name, longer, shorter, saved in (("checkpoint", given, expected, state), ("target", expected, given, pure)):
+        if any(where[-1:] == ("value",) and where[:-1] in shorter for where in longer):
+            reason = f"the checkpoint was saved from {saved}. Pass {saved} as the target."
+            return f". The {name} has one more level, `value`: {reason}"
+    return ":"
 
 
 def _old_counts(target: Any, expected: Leaves, stored: Leaves) -> Leaves:
@@ -283,7 +295,9 @@ def _abstract(leaf: Any) -> Any:
         return leaf
     if not _has_jax(leaf.dtype) or isinstance(leaf, np.generic):
         return np.zeros(leaf.shape, leaf.dtype)
-    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    # On an explicit mesh, jax.eval_shape gives an abstract mesh, which names no devices.
+    named = leaf.sharding is not None and not isinstance(getattr(leaf.sharding, "mesh", None), AbstractMesh)
+    sharding = leaf.sharding if named else SingleDeviceSharding(jax.devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 

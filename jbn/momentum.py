@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jbn._arguments import is_number
 from jbn._scheduled import checked_momentum, checked_schedule, scheduled
 
 Schedule = Callable[[Any], Any]
@@ -149,7 +150,13 @@ def from_torch(momentum: float | None) -> float | Schedule:
     Source:
         PyTorch, BatchNorm: running = (1 - momentum) * running + momentum * batch.
     """
-    return cumulative() if momentum is None else 1 - checked_momentum("momentum", momentum)
+    if momentum is None:
+        return cumulative()
+    if is_number(momentum) and not 0 <= float(momentum) <= 1:
+        raise ValueError(
+            f"`momentum` is {momentum}: expected PyTorch's momentum in [0, 1], the share of the new value."
+        )
+    return 1 - checked_momentum("momentum", momentum)
 
 
 def at(momentum: Any, count: jax.Array, dtype: Any) -> jax.Array:

@@ -15,7 +15,7 @@ from jbn._arguments import AxisName, IndexGroups
 from jbn._complex import is_complex
 from jbn._core.batch_norm import Activation, checked_call, normalize_by_batch, normalize_by_state
 from jbn._core.moments import ShiftedMoments
-from jbn._core.standardize import Affine, Inputs
+from jbn._core.standardize import Affine, Inputs, rstd_of
 from jbn._core.state import Params, State
 from jbn._rule import Numbers, training_rule
 from jbn._scheduled import bound_at, checked_bound
@@ -140,11 +140,11 @@ class Correction:
         """(r * scale, d * scale + bias), for scale and bias or for their tangents; r and d as in `batch_renorm`."""
         batch, (state, numbers) = lax.stop_gradient((batch, target))
         unset = state.var == -jnp.inf  # Unset features are not corrected: r = 1, d = 0.
-        running = jnp.where(unset, jnp.ones_like(state.var), state.var) + epsilon
-        r = jnp.sqrt((batch.var + epsilon) / running)
+        rstd = rstd_of(jnp.where(unset, jnp.ones_like(state.var), state.var), epsilon)
+        r = jnp.sqrt(batch.var + epsilon) * rstd
         distance = batch.shift - state.mean
         distance = distance if batch.offset is None else distance + batch.offset
-        d = distance * lax.rsqrt(running)
+        d = distance * rstd
         r_max = bound_at("r_max", self.r_max, numbers.r_max, state.count, r.dtype)
         d_max = bound_at("d_max", self.d_max, numbers.d_max, state.count, d.dtype)
         r = jnp.where(unset, jnp.ones_like(r), jnp.clip(r, 1 / r_max, r_max))

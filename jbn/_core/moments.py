@@ -1,4 +1,4 @@
-"""Mean, variance and count of a batch, exact for any ratio of mean to spread, and the exact merge of several."""
+"""Mean, variance and count of a batch, accurate at any ratio of mean to spread, and the exact merge of several."""
 
 import functools
 import math
@@ -167,19 +167,8 @@ def _moments(rule: Rule, x: jax.Array, mask: jax.Array | None) -> Moments:
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def batch_moments(rule: Rule, x: jax.Array, mask: jax.Array | None) -> ShiftedMoments:
     """The moments of x over its reduced axes and over all places that share statistics."""
-    if mask is None:
-        size = math.prod(x.shape[axis] for axis in rule.reduced)
-        # A NumPy scalar becomes a constant of the program. A symbolic size is known only when the program runs.
-        count = (np if isinstance(size, int) else jnp).asarray(size, real_dtype(wide(x).dtype))
-        a_row = functools.partial(near_the_data, reduced=rule.reduced)
-        batch = for_xla.by_platform(
-            lambda x: _about(rule.reduced, count, indexed_automatically(a_row, x, rule.reduced), x),
-            x,
-            tpu=functools.partial(_about_zero_first, rule.reduced, count),
-        )
-        batch = ShiftedMoments(*batch, count=count)
-    else:
-        batch = _of_valid(rule.reduced, x, mask)
+    count = _valid(rule.reduced, x, mask)
+    batch = ShiftedMoments(*_of_place(rule.reduced, x, mask, count), count=count)
     if rule.sharing is not None:
         batch = merge_shared(rule.sharing, batch)
     if x.dtype == jnp.bfloat16:
@@ -187,12 +176,48 @@ def batch_moments(rule: Rule, x: jax.Array, mask: jax.Array | None) -> ShiftedMo
     return jax.tree.map(lambda value: checkpoint_name(value, CHECKPOINT_NAME) if np.ndim(value) else value, batch)
 
 
+def _valid(reduced: tuple[int, ...], x: jax.Array, mask: jax.Array | None) -> Any:
+    """The number of valid values: of each feature with a mask, and otherwise one number for all."""
+    dtype = real_dtype(wide(x).dtype)
+    if mask is None:
+        size = math.prod(x.shape[axis] for axis in reduced)
+        # A NumPy scalar becomes a constant of the program. A symbolic size is known only when the program runs.
+        return (np if isinstance(size, int) else jnp).asarray(size, dtype)
+    repeats = math.prod(x.shape[axis] for axis in reduced if mask.shape[axis] == 1)
+    return jnp.sum(mask, reduced, dtype=jnp.int32).astype(dtype) * repeats
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _of_place(reduced: tuple[int, ...], x: jax.Array, mask: jax.Array | None, count: Any) -> list[jax.Array]:
+    """[shift, offset, var] of the valid values in this place; with a mask in two passes, the first for the mean."""
+    if mask is not None:
+        divisor = jnp.maximum(count, 1)
+        mean = for_xla.computed_once(jnp.sum(zero_masked(wide(x), mask), reduced) / cast(divisor, wide(x).dtype))
+        return _about(reduced, divisor, mean, x, mask)
+    a_row = functools.partial(near_the_data, reduced=reduced)
+    return for_xla.by_platform(
+        lambda x: _about(reduced, count, indexed_automatically(a_row, x, reduced), x),
+        x,
+        tpu=functools.partial(_about_zero_first, reduced, count),
+    )
+
+
+@_of_place.defjvp
+def _of_place_jvp(reduced: tuple[int, ...], primals: Any, tangents: Any) -> tuple[list[jax.Array], list[jax.Array]]:
+    """The derivative of the formulas, the same for each platform: mean_t = mean(t), var_t = 2 * mean(xc * t)."""
+    x, mask, count = primals
+    batch = _of_place(reduced, x, mask, count)
+    xc, t = centered(reduced, x, mask, ShiftedMoments(*batch, count)), zero_masked(wide(tangents[0]), mask)
+    divisor = count if mask is None else jnp.maximum(count, 1)
+    mean_t, covariance = (jnp.sum(v, reduced) / cast(divisor, v.dtype) for v in (t, inner(xc, t)))
+    return batch, [jnp.zeros_like(batch[0]), mean_t, 2 * covariance]
+
+
 def _about(reduced: tuple[int, ...], count: Any, shift: jax.Array, x: jax.Array, mask: Any = None) -> list[jax.Array]:
     """[shift, offset, var]; the relative error of the biased variance grows with |offset|**2 / var.
 
     z = x - shift,  offset = mean(z),  var = mean(|z|**2) - |offset|**2
     """
-    shift = lax.stop_gradient(shift)  # mean and variance do not depend on the shift
     z = zero_masked(wide(x) - lax.expand_dims(shift, reduced), mask)
     offset, mean_square = (jnp.sum(v, reduced) / cast(count, v.dtype) for v in (z, inner(z, z)))
     # Without this maximum, XLA computes |offset|**2 as |sum(z)|**2 / count**2, which may overflow where var does not.
@@ -211,19 +236,10 @@ def _about_zero_first(reduced: tuple[int, ...], count: Any, x: jax.Array) -> lis
     zero = jnp.zeros_like(jnp.sum(wide(x), reduced))  # split over devices as the sums are
     first = _about(reduced, count, zero, x)
     _, mean, var = first
-    # While mean**2 <= 8 * var, the variance is off by at most about 9 units of rounding. ~(a <= b) also catches NaN.
+    # While mean**2 <= 8 * var, the variance has at most 9 times the rounding error of the sums. ~(a <= b) catches NaN.
     lost = jnp.any(~(inner(mean, mean) <= 8 * var) | ~lax.is_finite(var))
     again = functools.partial(_about, reduced, count)
     return lax.cond(lost, lambda x, first: again(for_xla.computed_once(first[1]), x), lambda x, first: first, x, first)
-
-
-def _of_valid(reduced: tuple[int, ...], x: jax.Array, mask: jax.Array) -> ShiftedMoments:
-    """Moments of the valid values, in two passes: first their mean, then the moments about it."""
-    repeats = math.prod(x.shape[axis] for axis in reduced if mask.shape[axis] == 1)
-    count = jnp.sum(mask, reduced, dtype=jnp.int32).astype(real_dtype(wide(x).dtype)) * repeats
-    divisor = jnp.maximum(count, 1)
-    mean = for_xla.computed_once(jnp.sum(zero_masked(wide(x), mask), reduced) / cast(divisor, wide(x).dtype))
-    return ShiftedMoments(*_about(reduced, divisor, mean, x, mask), count=count)
 
 
 def near_the_data(x: jax.Array, reduced: tuple[int, ...]) -> jax.Array:
@@ -237,8 +253,8 @@ def near_the_data(x: jax.Array, reduced: tuple[int, ...]) -> jax.Array:
     """
     if not reduced:
         return wide(x)
-    inner = [axis for axis in reduced[1:] if isinstance(x.shape[axis], int) and x.shape[axis] >= 3]
-    along = (inner or reduced)[0]
+    positions = [axis for axis in reduced[1:] if isinstance(x.shape[axis], int) and x.shape[axis] >= 3]
+    along = (positions or reduced)[0]  # the first reduced axis is that of the examples
     size = x.shape[along]
     # The other axes are sliced first, so that little has to be sent where `along` is split over devices.
     for axis in reduced:
@@ -273,7 +289,7 @@ def _merged(part: ShiftedMoments, add: Callable[[Sequence[jax.Array]], Sequence[
     """Merge the moments of parts, where `add` sums over the parts.
 
     n = sum(n_i),  center = sum(n_i * mean_i) / n,  d_i = mean_i - center
-    offset = sum(n_i * d_i) / n,  mean = center + offset,  var = sum(n_i * (var_i + |d_i|**2)) / n - |offset|**2
+    offset = sum(n_i / n * d_i),  mean = center + offset,  var = sum(n_i / n * (var_i + |d_i|**2)) - |offset|**2
 
     In exact arithmetic the offset is 0. It makes up for the rounding of the center.
     """
@@ -284,9 +300,11 @@ def _merged(part: ShiftedMoments, add: Callable[[Sequence[jax.Array]], Sequence[
     center = for_xla.computed_once(lax.stop_gradient(total / cast(divisor, total.dtype)))
     distance = part.shift - center if part.offset is None else (part.shift - center) + part.offset
     distance = jnp.where(part.count > 0, distance, jnp.zeros_like(distance))
-    sums = add((weight * distance, part.count * (part.var + inner(distance, distance))))
-    offset, mean_square = (value / cast(divisor, value.dtype) for value in sums)
-    return ShiftedMoments(center, offset, jnp.maximum(mean_square - inner(offset, offset), 0), count)
+    share = part.count / divisor  # before the sums, which would overflow for large variances
+    offset, mean_square = add((cast(share, distance.dtype) * distance, share * (part.var + inner(distance, distance))))
+    var = mean_square - inner(offset, offset)
+    # max(var, 0), with the derivative of var where rounding decides.
+    return ShiftedMoments(center, offset, var + lax.stop_gradient(jnp.maximum(-var, 0)), count)
 
 
 def by_feature(batch: ShiftedMoments) -> Moments:
@@ -302,7 +320,8 @@ def mean_of(batch: ShiftedMoments) -> jax.Array:
 def centered(reduced: tuple[int, ...], x: jax.Array, mask: jax.Array | None, batch: ShiftedMoments) -> jax.Array:
     """(x - shift) - offset, in that order, because x - shift is nearly exact and shift + offset is not.
 
-    Masked values of x are replaced by the shift, so that no activation overflows, whatever x holds there.
+    Masked values of x are replaced by the shift, so that no activation overflows, whatever x holds there; the result
+    there is -offset.
     """
     shift = lax.expand_dims(batch.shift, reduced)
     if mask is not None:

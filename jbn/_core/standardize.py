@@ -18,6 +18,8 @@ The vectors `along` and `constant` hold both means, so the transpose of line_t, 
 Let g be the cotangent of xc * a + bias, and xhat = xc * rstd. Then
 
     dx = a * (g - mean(g) - xhat * mean(g * xhat)),  dscale = sum(g * xhat),  dbias = sum(g)
+
+Higher derivatives come from differentiating these formulas, with moments from `batch_moments`, which have their own.
 """
 
 import functools
@@ -135,7 +137,7 @@ def _tangent(rule: Rule, kept: Residuals, inputs_t: Inputs, affine_t: Affine) ->
         sums = sums if rule.sharing is None else sum_over(rule.sharing, sums)
         count = kept.batch.count if jnp.ndim(kept.batch.count) == 0 else jnp.maximum(kept.batch.count, 1)
         of_x, mean_t, covariance = [spread(a) * again], *(total / cast(count, total.dtype) for total in sums)
-    along = (affine_t.scale - a * kept.rstd * cast(covariance, a.dtype)) * kept.rstd
+    along = (affine_t.scale - a * (kept.rstd * cast(covariance, a.dtype))) * kept.rstd
     terms = [*of_x, xc * spread(along), spread(affine_t.bias - a * mean_t)]
     shortcut_t = None if inputs_t.shortcut is None else zero_masked(inputs_t.shortcut, mask)
     if rule.activation is None or kept.result is not None:
@@ -148,11 +150,11 @@ def _tangent(rule: Rule, kept: Residuals, inputs_t: Inputs, affine_t: Affine) ->
 def _plain_tangent(rule: Rule, result: Any, terms: list[jax.Array], shortcut_t: Any) -> jax.Array:
     """The sum of the terms without an activation, or with relu, whose slope is 1 where the result is positive."""
     *others, constant = terms
-    line = functools.reduce(jnp.add, others)
+    varying = functools.reduce(jnp.add, others)
     if result is None and rule.dtype == jnp.bfloat16:
-        out_t = for_xla.added(line, jnp.zeros_like(line) + constant, rule.dtype)
+        out_t = for_xla.added(varying, jnp.zeros_like(varying) + constant, rule.dtype)
     else:
-        out_t = (line + constant).astype(rule.dtype)
+        out_t = (varying + constant).astype(rule.dtype)
     if shortcut_t is not None:
         out_t = out_t + shortcut_t.astype(rule.dtype)
     return out_t if result is None else jnp.where(result > 0, out_t, jnp.zeros_like(out_t))
@@ -171,6 +173,7 @@ def _activated_tangent(rule: Rule, inputs: Inputs, line: Any, terms: list[jax.Ar
         before = xc * lax.expand_dims(a, rule.reduced) + lax.expand_dims(bias, rule.reduced)
         if inputs.shortcut is not None:
             before = before + wide(zero_masked(inputs.shortcut, inputs.mask))
+        before = zero_masked(before, inputs.mask)  # as in `transform`
         # A tangent must have the type of its primal: shape, sharding, and the axes over which it varies.
         term = term if jax.typeof(term) == jax.typeof(before) else jnp.zeros_like(before) + term
         term = zero_masked(term, inputs.mask)  # An infinite slope of a masked value would give 0 * inf.

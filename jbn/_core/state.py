@@ -107,7 +107,8 @@ def update(state: State, moments: Moments, *, momentum: float | Schedule = 0.99,
             feature's count of updates, an int32 scalar.
         running_var: the variance that is averaged: "biased" (Keras, Flax); "unbiased" (PyTorch), multiplied by
             n / (n - 1); or "total", which adds momentum * (1 - momentum) * (batch mean - old mean)**2 to the average.
-            "total" tends to the population variance, because it includes the variance between batches.
+            "total" includes the variance between batches. For batches of n values, it tends to the population variance
+            times 1 - (1 - momentum) / (1 + momentum) / n.
 
     Returns:
         State with the dtypes of the old one. It carries no gradient.
@@ -144,8 +145,7 @@ def moved(average: Average, old: State, batch: Moments, numbers: Numbers, may_be
     """
     dtype = real_dtype(jnp.result_type(old.mean))
     kinds = jnp.result_type(old.mean), dtype, dtype
-    kept_dtype = jnp.result_type(old.var)
-    old = old._replace(var=lax.convert_element_type(old.var, dtype))
+    old_var = lax.convert_element_type(old.var, dtype)
     # The batch is split over devices like the state, so that a loop can carry the state.
     axes = range(old.mean.ndim)
     batch = Moments(*(split_as(cast(value, like), old.mean, axes) for value, like in zip(batch, kinds, strict=True)))
@@ -154,8 +154,8 @@ def moved(average: Average, old: State, batch: Moments, numbers: Numbers, may_be
         momentum = jnp.clip(_scheduled.scheduled("momentum", average.schedule, old.count, dtype), 0, 1)
         weights = momentum, 1 - momentum
     # An unset feature starts from the batch. This is selected before any arithmetic, in which -inf would give NaN.
-    unset = old.var == -jnp.inf
-    start_mean, start_var = lax.select(unset, batch.mean, old.mean), lax.select(unset, batch.var, old.var)
+    unset = old_var == -jnp.inf
+    start_mean, start_var = lax.select(unset, batch.mean, old.mean), lax.select(unset, batch.var, old_var)
     batch_var, needed = batch.var, 1 if may_be_empty else 0
     if average.running_var == "unbiased":
         factor = batch.count / jnp.maximum(batch.count - 1, 1)
@@ -165,11 +165,11 @@ def moved(average: Average, old: State, batch: Moments, numbers: Numbers, may_be
     if average.running_var == "total":
         step = batch.mean - start_mean
         var = var + weights[0] * weights[1] * inner(step, step)
+    var = lax.convert_element_type(var, old.var.dtype)
     moves = is_finite(mean) & is_finite(var)
     moves = moves & (batch.count >= needed) if needed else moves
     count = None if old.count is None else old.count + moves.astype(old.count.dtype)
-    mean, var = lax.select(moves, mean, old.mean), lax.select(moves, var, old.var)
-    return lax.stop_gradient(State(mean, lax.convert_element_type(var, kept_dtype), count))
+    return lax.stop_gradient(State(lax.select(moves, mean, old.mean), lax.select(moves, var, old.var), count))
 
 
 _moved = jax.jit(moved, static_argnums=(0, 4), inline=True)

@@ -9,7 +9,10 @@ import numpy as np
 from jbn._statistics.faults import named
 from jbn._statistics.nodes import Forest, Path, shown
 
-WEIGHTS = "expected a number of at least 0, or a tree like `state` with an array for each norm: one weight per feature"
+WEIGHTS = (
+    "expected a number of at least 0, or a tree like `state` with one array of weights in place of each norm, with a "
+    "weight for each feature"
+)
 
 
 def weights_by_feature(

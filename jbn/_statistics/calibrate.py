@@ -12,12 +12,15 @@ from jax.core import Tracer
 from jbn._statistics import nodes
 from jbn._statistics.batch_weights import weights_by_feature
 from jbn._statistics.faults import (
+    EMPTY,
+    WEIGHTLESS,
     Last,
     check_batch,
     check_known,
     check_ran_once,
     check_same_nodes,
     everywhere,
+    listed,
     named,
     usable,
 )
@@ -25,6 +28,11 @@ from jbn._statistics.nodes import Forest, Path, Statistics, shown
 
 Step = Callable[[Any, Any], Any]
 
+SIGNATURES = {
+    "step": "(state, batch) -> new state, as in calibrate(step, state, batches)",
+    "weights": "batch -> weight",
+    "select": "path -> bool",
+}
 OUTSIDE = "but calibrate merges on the host: call it outside of jit, and jit `step`."
 
 
@@ -113,7 +121,7 @@ def calibrate(
     nothing = {path: np.zeros(np.shape(forest.at(path)["mean"])) for path in chosen}
     totals = {path: Population(zeros, zeros, zeros, zeros) for path, zeros in nothing.items()}
     weighed = {path: zeros > 0 for path, zeros in nothing.items()}
-    last: Last | None = None
+    number, last = None, None
     for number, batch in enumerate(_watched(batches, progress)):
         given = weights_by_feature(batch, number, weights, forest, chosen)
         if not any(weight.any() for weight in given.values()):
@@ -127,7 +135,7 @@ def calibrate(
         totals = {path: _merged(total, given[path], found[path]) for path, total in totals.items()}
         weighed = {path: before | (given[path] > 0) for path, before in weighed.items()}
     if last is None:
-        raise ValueError("`batches` yielded no batch with a weight above 0: expected at least one.")
+        raise ValueError(EMPTY if number is None else WEIGHTLESS)
     check_known({path: total.batches for path, total in totals.items()}, weighed, last)
     return forest.replaced({path: _as_before(path, forest.at(path), total) for path, total in totals.items()})
 
@@ -188,8 +196,8 @@ def _chosen(forest: Forest, select: Callable[[str], bool] | None) -> list[Path]:
         raise TypeError(f"`state` is traced, {OUTSIDE}")
     chosen = [path for path in forest.nodes if select is None or select(shown(path))]
     if not chosen:
-        some = ", ".join(shown(path) for path in list(forest.nodes)[:5])
-        raise ValueError(f"`select` selects none of the {len(forest.nodes)} nodes with statistics: {some}, ...")
+        every = list(forest.nodes)
+        raise ValueError(f"`select` selects none of the {len(every)} nodes with statistics: {listed(every)}.")
     for path in chosen:
         for field in ("mean", "var"):
             if (dtype := jnp.result_type(forest.at(path)[field])).itemsize < 4:
@@ -203,8 +211,8 @@ def _chosen(forest: Forest, select: Callable[[str], bool] | None) -> list[Path]:
 def _check_functions(**functions: Any) -> None:
     for name, function in functions.items():
         if not callable(function) and not (function is None and name != "step"):
-            signature = {"step": "(state, batch)", "weights": "batch", "select": "path"}[name]
-            raise TypeError(f"`{name}` is {function!r}: expected a function of {signature}.")
+            # The value is not shown: if the arguments are swapped, it is the whole model.
+            raise TypeError(f"`{name}` is a {type(function).__name__}: expected a function {SIGNATURES[name]}.")
 
 
 def _watched(batches: Iterable[Any], progress: bool) -> Iterable[Any]:

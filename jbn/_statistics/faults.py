@@ -24,7 +24,12 @@ STANDS_STILL = (
 POISONED = "received no finite values: a norm before it, which is also listed, was unset and returned NaN"
 NOT_FINITE = "has statistics that are not finite, so it is not a norm of jbn: use one of those"
 NO_WEIGHT = "has weight 0 in every batch that has values for it: give `weights` above 0, or leave it out with `select`"
-SEVERAL_CALLS = "so its statistics are not those of one batch: give each call a norm of its own"
+SEVERAL_CALLS = (
+    "so its statistics are not those of one batch: give each call a norm of its own. Or let `step` run the model once "
+    "per batch, pass update_statistics=False in a second pass that must stay, and give microbatches as batches"
+)
+EMPTY = "`batches` is empty: expected at least one batch. A generator that was read before is empty: create it again."
+WEIGHTLESS = "`batches` yielded no batch with a weight above 0: expected at least one."
 
 
 def check_same_nodes(forest: Forest, chosen: list[Path], new: Forest) -> None:
@@ -32,7 +37,7 @@ def check_same_nodes(forest: Forest, chosen: list[Path], new: Forest) -> None:
     missing = [path for path in chosen if path not in new.nodes]
     if missing:
         raise ValueError(
-            f"`step` returns no statistics at {_list(missing)}, only at {_list(list(new.nodes))}: expected the new "
+            f"`step` returns no statistics at {listed(missing)}, only at {listed(list(new.nodes))}: expected the new "
             "state, a tree like `state`."
         )
     for path in chosen:
@@ -134,6 +139,11 @@ def named(path: Path) -> str:
     return shown(path) or "(the tree itself)"
 
 
+def listed(paths: list[Path]) -> str:
+    """Some paths, for a message."""
+    return ", ".join(map(named, paths[:FEW])) + (f" and {len(paths) - FEW} more" if len(paths) > FEW else "")
+
+
 def _any_differ(found: Statistics, again: Statistics, paths: list[Path]) -> bool:
     return any(_differ(found[path], again[path]) for path in paths)
 
@@ -156,8 +166,3 @@ def _refuse(lines: list[str], what: str) -> None:
         if len(lines) > LINES:
             lines[LINES:] = [f"and {len(lines) - LINES} more"]
         raise ValueError("\n  ".join([f"{what}:", *lines]))
-
-
-def _list(paths: list[Path]) -> str:
-    """Some paths, for a message."""
-    return ", ".join(map(named, paths[:FEW])) + (f" and {len(paths) - FEW} more" if len(paths) > FEW else "")

@@ -64,8 +64,8 @@ def merge_states(*trees: Any, weights: Sequence[ArrayLike] | None = None) -> Any
         raise ValueError("`merge_states` got no trees: expected at least one with statistics, such as a jbn.State.")
     if len(trees) == 1 and type(trees[0]) in (list, tuple):
         raise ValueError(
-            f"`merge_states` got one tree, a {type(trees[0]).__name__} of {len(trees[0])}: expected an argument for each "
-            "tree, as in merge_states(*trees)."
+            f"`merge_states` got one tree, a {type(trees[0]).__name__} of {len(trees[0])}: expected an argument for "
+            "each tree, as in merge_states(*trees)."
         )
     forests = [nodes.find(tree, f"`trees[{number}]`") for number, tree in enumerate(trees)]
     merged = {}

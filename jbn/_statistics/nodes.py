@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 FIELDS = ("mean", "var", "count")
 OF_NORMS = (*FIELDS, "scale", "bias")
+COLLECTIONS = ("params", "batch_stats")
 Path = tuple[Any, ...]
 Statistics = Mapping[Path, Mapping[str, Any]]
 """Some of `mean`, `var` and `count`, by the path of their node."""
@@ -79,7 +80,8 @@ def incomplete(tree: Any, norm: re.Pattern[str]) -> dict[Path, list[str]]:
     """The variables that are missing from the nodes of norms, by path.
 
     These are a `mean` or `var` if only the other is there, a `count` if most other norms have one, and both `mean` and
-    `var` if there is only a scale or bias in a node with a name that `norm` matches.
+    `var` if there is only a scale or bias in a node with a name that `norm` matches, and no other node has its
+    statistics. Copies of the params, as in the state of an optimizer, are left out.
     """
     members: dict[Path, set[str]] = {}
     for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]:
@@ -91,13 +93,18 @@ def incomplete(tree: Any, norm: re.Pattern[str]) -> dict[Path, list[str]]:
         path: [field for field in FIELDS if field not in names and (field != "count" or counted)]
         for path, names in statistics.items()
     }
-    tails = {path[1:] for path, names in members.items() if path in statistics or {"mean", "var"} <= names}
-    for path, names in members.items():
-        is_norm = (
-            bool(names & {"scale", "bias"})
-            and names <= {"scale", "bias"}
-            and norm.search(_name(path[-1]) if path else "")
-        )
-        if is_norm and path[1:] not in tails:
+    known = {_in_model(path)[0] for path, names in members.items() if path in statistics or {"mean", "var"} <= names}
+    alone = [path for path, names in members.items() if path and names and names <= {"scale", "bias"}]
+    # The params come first; their copies are then known.
+    for path in sorted(alone, key=lambda path: len(_in_model(path))):
+        if norm.search(_name(path[-1])) and known.isdisjoint(_in_model(path)):
             missing[path] = ["mean", "var"]
+            known.add(_in_model(path)[0])
     return {path: fields for path, fields in missing.items() if fields}
+
+
+def _in_model(path: Path) -> list[tuple[str, ...]]:
+    """The paths that a node may have in its model: what follows a collection of Flax, or else every end of its path."""
+    names = tuple(map(_name, path))
+    starts = [place + 1 for place, name in enumerate(names) if name in COLLECTIONS][-1:]
+    return [names[start:] for start in starts or (*range(1, len(names)), 0)]

@@ -7,6 +7,12 @@ from typing import Any
 from jbn import diagnostics
 from jbn.cli import weight_files
 from jbn.demo.options import OptionError
+from jbn.diagnostics._health import NO_SCHEDULE
+
+NO_COUNT = (
+    "not checked: the weight of the initial values, because these norms have no count of updates (Flax stores none). "
+    "Pass --updates N."
+)
 
 
 def add_parser(commands: Any) -> None:
@@ -23,7 +29,9 @@ def add_parser(commands: Any) -> None:
     epsilon = "epsilon of the norms; channels with a variance of at most epsilon are dead (default: %(default)s)"
     parser.add_argument("--epsilon", type=float, default=1e-5, help=epsilon)
     momentum = "momentum of the norms; norms whose initial values still have a weight above 1%% are stale"
-    parser.add_argument("--momentum", type=float, help=momentum)
+    parser.add_argument("--momentum", help=momentum)
+    updates = "number of updates of the norms without a count, such as Flax's, to judge them with --momentum"
+    parser.add_argument("--updates", type=int, metavar="N", help=updates)
     far = "channels with a larger error than this, in standard deviations, are far from the population"
     parser.add_argument("--far", type=float, default=0.5, help=f"{far} (default: %(default)s)")
     picture = "write a picture to this file: the standard deviation of each channel, or its error with --population"
@@ -35,20 +43,40 @@ def run(given: dict[str, Any]) -> int:
     """Print one line per norm; return 1 if a norm is faulty."""
     path, tree = _read("checkpoint", given["checkpoint"])
     population = None if given["population"] is None else _read("--population", given["population"])[1]
+    momentum = None if given["momentum"] is None else _number(given["momentum"])
+    options = {name: given[name] for name in ("updates", "epsilon", "far")}
     try:
-        table = diagnostics.health(
-            tree, population, epsilon=given["epsilon"], far=given["far"], momentum=given["momentum"]
-        )
+        table = diagnostics.health(tree, population, momentum=momentum, **options)
     except ValueError as error:
         raise OptionError(f"{path}: {error}") from None
     faulty = [row for row in table.rows if diagnostics.is_faulty(row)]
     print(f"{path}\n")
     print(table.text(rows=len(table.rows)))
-    listed = ", ".join(row[0] or "the norm" for row in faulty)
-    print(f"\n{len(faulty)} of {len(table.rows)} norms are faulty: {listed}" if faulty else "\nno norm is faulty")
+    # A row without channels is of a norm without statistics.
+    uncounted = any(channels is not None and updates is None for _, channels, updates, *_ in table.rows)
+    if momentum is not None and given["updates"] is None and uncounted:
+        print(f"\n{NO_COUNT}")
+    print(f"\n{_summary(table, faulty, given)}")
     if given["plot"] is not None:
         print("wrote", _draw(Path(given["plot"]), tree, population, given["epsilon"]))
     return 1 if faulty else 0
+
+
+def _summary(table: diagnostics.Table, faulty: list[tuple[Any, ...]], given: dict[str, Any]) -> str:
+    """The faulty norms, or which checks need an option that was not given."""
+    if faulty:
+        listed = ", ".join(row[0] or "the norm" for row in faulty)
+        return f"{len(faulty)} of {len(table.rows)} norms are faulty: {listed}"
+    checks = {"momentum": "initial values", "population": "distance from the population"}
+    left = [f"{check} (--{option})" for option, check in checks.items() if given[option] is None]
+    return f"no fault found; not checked: {', '.join(left)}" if left else "no fault found"
+
+
+def _number(momentum: str) -> float:
+    try:
+        return float(momentum)
+    except ValueError:
+        raise OptionError(f"--momentum is {momentum}: {NO_SCHEDULE}") from None
 
 
 def _draw(path: Path, tree: Any, population: Any, epsilon: float) -> Path:

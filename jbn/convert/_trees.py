@@ -56,8 +56,9 @@ def split(
         Params and State by the path of the norm, with the separator of the library, as in `norms["layer1.0.bn1"]` and
         `norms["Block_0/BatchNorm_0"]`, and the rest: the tree without the arrays of norms. The rest consists of dicts,
         some of which may be empty, and keeps the counts of Flax, which tell `join` where to store counts. For Equinox
-        it is the model with None in place of each norm. JAX arrays are returned unchanged and others are copied.
-        Statistics in half precision become float32.
+        it is the model with None in place of each norm. In the norms, JAX arrays are unchanged, others are copied, and
+        statistics in half precision become float32. The rest has the arrays of the tree itself: tensors of PyTorch
+        share their memory with the model.
 
     Raises:
         TypeError: tree is not of the kind that the library needs, count is not an int, or an option has the wrong type.
@@ -115,7 +116,7 @@ def join(norms: Mapping[str, tuple[Params, State]], rest: Any, library: str, *, 
 
     Raises:
         TypeError: norms or rest is not a mapping, or a norm is not a pair of Params and State.
-        ValueError: the library is unknown, or `rest` already has an entry at the path of a norm.
+        ValueError: the library is unknown, a path is not one of the library, or `rest` already has an entry there.
 
     Example:
         >>> import jbn
@@ -135,6 +136,11 @@ def join(norms: Mapping[str, tuple[Params, State]], rest: Any, library: str, *, 
     for where, norm in norms.items():
         if not isinstance(where, str):
             raise TypeError(f"`norms` has the key {where!r}: expected paths as split returns them, each a str.")
+        if library == "torch" and "/" in where:
+            raise ValueError(
+                f"`norms` has the path {where}, with the separator of Flax and Keras: expected paths of PyTorch, such "
+                "as layer1.0.bn1, and in `rest` the other arrays by such paths."
+            )
         if [type(part) for part in (norm if isinstance(norm, tuple) else ())] != [Params, State]:
             raise TypeError(f"`norms` has {norm!r} at {where}: expected (Params, State).")
         for path, leaf in leaves_of(where, *norm, library).items():

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from jbn._arguments import checked_epsilon
+from jbn._arguments import checked_epsilon, is_number
 from jbn._scheduled import checked_momentum
 from jbn._statistics import nodes
 from jbn._statistics.nodes import shown
 from jbn.diagnostics._compare import distances, found, pairs, wide
-from jbn.diagnostics._laws import checked_size
+from jbn.diagnostics._laws import checked_count, checked_size
 from jbn.diagnostics._table import Table
 
 COLUMNS = ("norm", "channels", "updates", "dead", "unset", "not finite", "far", "stale", "missing")
@@ -20,6 +20,10 @@ LARGEST = 2**31 - 1
 """The number of updates of a norm without channels."""
 FORGOTTEN = 0.01
 """Initial values with at most this weight do not make a norm stale."""
+NO_SCHEDULE = (
+    "expected a number in [0, 1]. Under warmup, debiased and cumulative the initial values have no weight, so leave it "
+    "out."
+)
 BATCH_NORM = re.compile(r"batch_?norm|batch_?renorm|(^|_)bn", re.IGNORECASE)
 
 
@@ -28,6 +32,7 @@ def health(
     population: Any = None,
     *,
     momentum: float | None = None,
+    updates: int | None = None,
     epsilon: float = 1e-5,
     far: float = 0.5,
 ) -> Table:
@@ -39,8 +44,10 @@ def health(
     Args:
         tree: any tree with statistics: states, those of a Linen or NNX model, or the contents of a checkpoint.
         population: a tree with the same nodes, as `jbn.calibrate` returns it, or None.
-        momentum: momentum of the norms, if it is constant. If it is given, a norm with a count is stale while the
-            weight of its initial values is above 1%.
+        momentum: momentum of the norms, if it is constant. If it is given, a norm is stale while the weight of its
+            initial values is above 1%. Leave it out for schedules that give them no weight.
+        updates: number of updates of the norms without a count, such as Flax's. Without it, the weight of their initial
+            values is not checked.
         epsilon: epsilon of the norms; a variance of at most epsilon is dead.
         far: channels with a larger error than this, in standard deviations of the output, are far from the population.
 
@@ -66,7 +73,8 @@ def health(
         jbn's own convention.
     """
     added, limit = checked_epsilon(epsilon), checked_size("far", far)
-    kept = None if momentum is None else checked_momentum("momentum", momentum)
+    kept = None if momentum is None else _constant(momentum)
+    given = None if updates is None else checked_count("updates", updates)
     missing = nodes.incomplete(tree, BATCH_NORM)
     forest = found(tree, "`tree`")
     counts = {path: _updates(forest.at(path)) for path in forest.nodes}
@@ -80,7 +88,7 @@ def health(
         if beside:
             distant = int(np.sum(distances(*beside[path], added)[0] > limit))
         counted = _channels(fields, added)
-        stale = _stale(fields, counts[path], most, kept)
+        stale = _stale(fields, counts[path], most, kept, given)
         rows.append((shown(path), fields["mean"].size, counts[path], *counted, distant, stale, absent))
     rows += [(shown(path), *[None] * 7, ", ".join(absent)) for path, absent in missing.items()]
     return Table(COLUMNS, rows)
@@ -130,17 +138,29 @@ def _channels(fields: dict[str, np.ndarray], epsilon: float) -> tuple[int, int, 
     return int(dead.sum()), int(unset.sum()), int(wrong.sum())
 
 
-def _stale(fields: dict[str, np.ndarray], updates: int | None, most: int, momentum: float | None) -> str | None:
-    """The reason why the running statistics do not reflect the training, or None if they do."""
+def _constant(momentum: Any) -> float:
+    """Check that the momentum is a concrete number in [0, 1], and no schedule."""
+    if not is_number(momentum):
+        raise TypeError(f"`momentum` is {momentum!r}: {NO_SCHEDULE}")
+    return checked_momentum("momentum", momentum)
+
+
+def _stale(
+    fields: dict[str, np.ndarray], updates: int | None, most: int, momentum: float | None, given: int | None
+) -> str | None:
+    """The reason why the running statistics do not reflect the training, or None if they do.
+
+    `given` is the number of updates of a norm without a count.
+    """
     if fields["mean"].size and np.all(fields["mean"] == 0) and np.all(fields["var"] == 1):
         return "never updated"
-    if updates is None:
-        return None
-    untouched = np.sum(fields["count"] == 0)
-    if 0 < untouched < np.size(fields["count"]):
-        return f"{untouched} never updated"
-    if updates < most:
-        return f"{updates} of {most} updates"
-    if momentum is not None and momentum**updates > FORGOTTEN:
-        return f"initial values weigh {momentum**updates:.0%}"
+    if updates is not None:
+        untouched = np.sum(fields["count"] == 0)
+        if 0 < untouched < np.size(fields["count"]):
+            return f"{untouched} never updated"
+        if updates < most:
+            return f"{updates} of {most} updates"
+    known = given if updates is None else updates
+    if momentum is not None and known is not None and momentum**known > FORGOTTEN:
+        return f"initial values weigh {momentum**known:.0%}"
     return None

@@ -3,14 +3,18 @@
 `test_train.py` inspects a checkpoint of `jbn train`.
 """
 
+import itertools
 import re
 from pathlib import Path
+from typing import Any
 
 import flax.serialization
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
+from flax.training import train_state
 from support.command_refusals import Refused, assert_commands_refused
 
 import jbn
@@ -29,7 +33,12 @@ PLANTED = {
     "no_mean": ({"var": GOOD.var, "count": GOOD.count}, "missing"),
     "no_count": ({"mean": GOOD.mean, "var": GOOD.var}, "missing"),
 }
+UNCHECKED = "not checked: initial values (--momentum), distance from the population (--population)"
 FAULTS = ("dead", "unset", "not finite", "far", "stale", "missing")
+
+
+class Trained(train_state.TrainState):
+    batch_stats: Any
 
 
 def saved(path, tree, kind):
@@ -79,9 +88,36 @@ def test_the_only_fault_is_named_in_the_last_line(tmp_path, inspected):
 
 def test_nothing_is_wrong_with_what_is_whole(tmp_path, inspected):
     path = saved(tmp_path / "orbax", {"a": GOOD, "b": GOOD}, "orbax")
-    for options in ((), ("--momentum", 0.5)):
+    both = ("--momentum", 0.5, "--population", path)
+    for options, last in (((), f"no fault found; {UNCHECKED}"), (both, "no fault found")):
         status, lines = inspected(path, *options)
-        assert (status, lines[-1]) == (0, "no norm is faulty"), options
+        assert (status, lines[-1]) == (0, last), options
+
+
+def test_initial_values_of_norms_without_a_count_need_the_number_of_updates(tmp_path, inspected):
+    path = saved(tmp_path / "flax", {"a": {"mean": GOOD.mean, "var": GOOD.var}}, "flax")
+    notes = []
+    for updates in ((), ("--updates", 40), ("--updates", 500)):
+        status, lines = inspected(path, "--momentum", 0.99, *updates)
+        assert status == (updates == ("--updates", 40)), updates
+        assert ("initial values weigh 67%" in "\n".join(lines)) == status
+        notes.append([line for line in lines if "Pass --updates N." in line])
+    assert list(map(len, notes)) == [1, 0, 0]
+
+
+def test_the_copies_of_the_params_in_an_optimizer_state_are_no_norms(tmp_path, inspected):
+    """A top-level norm and one in a block have the same name."""
+    params = {"BatchNorm_0": {"scale": jnp.ones(3), "bias": jnp.zeros(3)}, "Dense_0": {"bias": jnp.ones(3)}}
+    params |= {"Block_0": {"BatchNorm_0": params["BatchNorm_0"]}}
+    stats = {"BatchNorm_0": {"mean": GOOD.mean, "var": GOOD.var}}
+    optimizers = {"adam": optax.adam(0.1), "momentum": optax.sgd(0.1, momentum=0.9)}
+    for (name, optimizer), kind in itertools.product(optimizers.items(), ("orbax", "flax")):
+        for whole in (True, False):
+            found = stats | ({"Block_0": stats} if whole else {})
+            state = Trained.create(apply_fn=None, params=params, tx=optimizer, batch_stats=found)
+            status, lines = inspected(saved(tmp_path / f"{kind} {name} {whole}", state, kind))
+            last = f"no fault found; {UNCHECKED}" if whole else "1 of 2 norms are faulty: params/Block_0/BatchNorm_0"
+            assert (status, lines[-1]) == (not whole, last), (name, kind)
 
 
 def test_a_slow_average_is_still_the_start(tmp_path, inspected):
@@ -123,6 +159,14 @@ REFUSED = {
     "no statistics": Refused("inspect kernel", "`tree`", "holds no statistics", "float `mean` and `var`", kernel),
     "other norms": Refused("inspect one --population other", "`population`", "'one', 'other'", "same", statistics),
     "epsilon": Refused("inspect one --epsilon 0", "`epsilon`", "is 0.0", "a positive number", statistics),
+    "a schedule": Refused(
+        "inspect one --momentum warmup:0.99",
+        "--momentum",
+        "is warmup:0.99: expected a number in [0, 1]. Under warmup, debiased and cumulative",
+        "so leave it out",
+        statistics,
+    ),
+    "updates": Refused("inspect one --updates -1", "`updates`", "is -1", "an int of at least 0", statistics),
     "population": Refused("inspect one --population no", "--population", "is no", "expected a file", statistics),
 }
 

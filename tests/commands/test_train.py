@@ -68,7 +68,8 @@ def test_the_checkpoint_holds_parameters_and_statistics(run):
 
 def test_inspect_finds_the_checkpoint_of_a_run(run, command):
     whole, slow = (command("inspect", run.folder, *more) for more in ((), ("--momentum", 0.99)))
-    assert (whole.status, whole.out.splitlines()[-1]) == (0, "no norm is faulty")
+    assert whole.status == 0
+    assert whole.out.splitlines()[-1].startswith("no fault found")
     assert slow.status == 1
 
 

@@ -93,13 +93,25 @@ PARAMS_AND_STATE = {
         norm(state=STACKED), ValueError, "state.mean", "has shape (2, 3)", "expected (3,), the features of x"
     ),
     "scale a list": Refused(
-        norm(params=jbn.Params([1.0], None)), TypeError, "params.scale", "is [1.0]", "numeric array of shape (3,)"
+        norm(params=jbn.Params([1.0], None)),
+        TypeError,
+        "params.scale",
+        "is [1.0]",
+        "numeric array of NumPy or JAX, of shape (3,)",
     ),
     "scale of objects": Refused(
-        norm(params=jbn.Params(OBJECTS, None)), TypeError, "params.scale", "array([1.0, None, 2.0]", "a numeric array"
+        norm(params=jbn.Params(OBJECTS, None)),
+        TypeError,
+        "params.scale",
+        "is a numpy.ndarray of shape (3,)",
+        "a numeric array",
     ),
     "scale of keys": Refused(
-        norm(params=jbn.Params(jax.random.split(KEY, 3), None)), TypeError, "params.scale", "key<fry>", "numeric array"
+        norm(params=jbn.Params(jax.random.split(KEY, 3), None)),
+        TypeError,
+        "params.scale",
+        "is a jax.PRNGKeyArray",
+        "numeric array",
     ),
     "scale of integers": Refused(
         norm(params=jbn.Params(np.ones(3, np.int32), None)), TypeError, "params.scale", "int32", "a float dtype"
@@ -110,7 +122,7 @@ PARAMS_AND_STATE = {
         TypeError,
         "state.count",
         "is [0.0, 0.0, 0.0]",
-        "array of shape (3,)",
+        "array of NumPy or JAX, of shape (3,)",
     ),
     "count of 0.1": Refused(
         norm(state=STATE._replace(count=jnp.int32(7))),
@@ -148,9 +160,9 @@ SHORTCUT = {
     "integers": Refused(
         norm(shortcut=np.ones(X.shape, np.int32)), TypeError, "shortcut", "has dtype int32", "expected one of float32"
     ),
-    "a list": Refused(norm(shortcut=[1.0]), TypeError, "shortcut", "is [1.0]", "array of the shape of x, (8, 16, 3)"),
+    "a list": Refused(norm(shortcut=[1.0]), TypeError, "shortcut", "is [1.0]", "with the shape of x, (8, 16, 3)"),
     "complex": Refused(norm(shortcut=X.astype(np.complex64)), TypeError, "shortcut", "has dtype complex64", "float32,"),
-    "a state": Refused(norm(shortcut=STATE), TypeError, "shortcut", "is State(", "array of the shape of x"),
+    "a state": Refused(norm(shortcut=STATE), TypeError, "shortcut", "is a jbn.State", "with the shape of x"),
 }
 
 

@@ -120,6 +120,22 @@ def test_unset_features_are_not_corrected_and_the_others_are(debug_nans, rng):
     assert_close(out[:, 0], inferred(params, state, x, feature_axis=-1)[:, 0], scale=4)
 
 
+def test_an_infinite_variance_is_loud_and_a_huge_one_is_corrected():
+    params, state = jbn.init(1)
+    x = np.float32([[-1e14], [1e14]])
+    far = renormed(params, state._replace(var=jnp.array([1e-10])), x, x, **FREE)
+    assert_close(far.out, x / np.sqrt(1e-10 + 1e-5))
+    fault = renormed(params, state._replace(var=jnp.array([jnp.inf])), x, x, **FREE)
+    assert bool(jnp.all(jnp.isnan(fault.out)))
+
+
+def test_a_bound_has_the_precision_of_the_state(x64):
+    params, state = jbn.init(1, jnp.float64)
+    x = jnp.array([[-3.0], [3.0]])
+    out, _ = jbn.batch_renorm(params, state, x, True, r_max=1.1, d_max=0.0)
+    assert_close(out, 1.1 * np.asarray(x) / np.sqrt(9 + 1e-5), "float64")
+
+
 def test_state_and_bounds_are_not_differentiated(rng):
     params, state, x = case(rng, (8, 3))
 

@@ -136,7 +136,7 @@ SHARING = {
         moments(axis_name="devices"), NameError, "axis_name", "is 'devices'", "call inside jax.shard_map, jax.vmap(..."
     ),
     "one of two unbound": Refused(
-        in_lanes(norm(axis_name=("lanes", "d"))), NameError, "axis_name", "('lanes', 'd')", "or leave `axis_name`"
+        in_lanes(norm(axis_name=("lanes", "d"))), NameError, "axis_name", "binds 'd'", "or leave it out"
     ),
     "a number": Refused(norm(axis_name=0), TypeError, "axis_name", "is 0", "the name of a mapped axis, or a tuple of"),
     "a dict": Refused(moments(axis_name={}), TypeError, "axis_name", "is {}", "the name of a mapped axis"),

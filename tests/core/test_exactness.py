@@ -120,6 +120,14 @@ def test_epsilon_bounds_the_gain():
     np.testing.assert_allclose(out, [[-5e-5 / np.sqrt(1e-2 + 2.5e-9)], [5e-5 / np.sqrt(1e-2 + 2.5e-9)]], rtol=1e-5)
 
 
+def test_the_smallest_epsilon_leaves_the_gradient_of_a_constant_feature_finite():
+    """dx = scale / sqrt(epsilon) * (g - mean(g)), for xhat = 0."""
+    (params, state), epsilon, cotangent = jbn.init(1), 1.2e-38, np.float32([[1], [2], [6]])
+    params = params._replace(scale=jnp.array([5.0]))
+    out, backward = jax.vjp(lambda x: jbn.batch_norm(params, state, x, True, epsilon=epsilon)[0], jnp.ones((3, 1)))
+    assert_close(backward(cotangent)[0], 5 / np.sqrt(epsilon) * np.array([[-2.0], [-1.0], [3.0]]))
+
+
 @pytest.mark.parametrize(("rows", "value"), [(9, 6e18), (2**20, 1e14)])
 def test_a_sum_whose_square_is_beyond_the_range_loses_no_variance(rows, value):
     """XLA may square the sum before it divides by the count."""

@@ -45,6 +45,12 @@ def moments_of_lanes(x, mask):
     return jbn.moments(x, mask=mask, axis_name="lanes")
 
 
+@pytest.mark.parametrize("lanes", [4, 32])
+def test_a_large_variance_does_not_overflow_over_many_lanes(lanes):
+    x = np.broadcast_to(np.float32([[-4e18], [4e18]]), (lanes, 2, 3))
+    assert_close(moments_of_lanes(x, np.ones((lanes, 2), bool)).var[0], np.full(3, 1.6e37))
+
+
 @pytest.mark.parametrize(
     ("lanes", "center", "spread"),
     [(4, 1e20, 1e-6), (32, 1e20, 1e-6), (4, -1e5, 1e-5), (32, -1e5, 1e-5), (4, 1e25, 0), (32, 1e24, 0)],

@@ -111,6 +111,22 @@ def test_an_infinite_slope_in_a_masked_place_does_nothing(debug_nans, rng, train
     np.testing.assert_array_equal(of_x[~mask], 0)
 
 
+def test_an_infinite_slope_in_a_masked_place_does_nothing_to_second_derivatives(x64):
+    """The masked value is at the mean, and with bias 0 the activation is taken at 0."""
+    x, (params, state) = jnp.array([[-1.0], [1.0], [0.0]]), jbn.init(1, jnp.float64)
+
+    def curvature(x, **options):
+        def loss(params, x):
+            return jnp.sum(jbn.batch_norm(params, state, x, True, activation=signed_root, **options)[0] ** 3)
+
+        slope = jax.grad(lambda params, x: jax.grad(loss)(params, x).bias.sum(), argnums=(0, 1))
+        return jax.jit(slope)(params, x)
+
+    (of_params, of_x), (params_alone, x_alone) = curvature(x, mask=np.array([True, True, False])), curvature(x[:2])
+    for actual, expected in zip((*of_params, of_x[:2]), (*params_alone, x_alone), strict=True):
+        assert_close(actual, expected, "float64", condition=16)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_masked_nan_stays_out_of_eager_gradients(dtype):
     params, state = jbn.init(3)

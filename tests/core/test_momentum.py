@@ -218,7 +218,9 @@ SCHEDULES = {
     "debiased above 1": Refused(
         lambda: jbn.momentum.debiased(1.1), ValueError, "momentum", "is 1.1", "expected a number in [0, 1]"
     ),
-    "PyTorch's -1": Refused(lambda: jbn.momentum.from_torch(-1), ValueError, "momentum", "is -1.0", "in [0, 1]"),
+    "PyTorch's -1": Refused(
+        lambda: jbn.momentum.from_torch(-1), ValueError, "momentum", "is -1", "share of the new value"
+    ),
     "no microbatch": Refused(
         lambda: jbn.momentum.per_microbatch(0.9, 0), ValueError, "microbatches", "is 0", "an int of at least 1"
     ),

@@ -103,6 +103,8 @@ def test_a_state_of_two_dtypes_keeps_them(x64, rng, mean, var):
     new = jbn.update(state, moments, momentum=0)
     assert (new.mean.dtype, new.var.dtype) == (mean, var)
     assert_close(new.var, moments.var)
+    beyond_float32 = moments._replace(var=jnp.full(3, 1e200))
+    assert bool(jnp.all(jnp.isfinite(jbn.update(new, beyond_float32, momentum=0).var)))
 
 
 def test_a_schedule_sees_an_averaged_count_rounded_up(rng):

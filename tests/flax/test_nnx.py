@@ -174,11 +174,11 @@ REFUSED = {
         lambda: call(axis_name="d"), NameError, "axis_name", "is 'd'", "call inside jax.shard_map, jax.vmap"
     ),
     "features": Refused(
-        lambda: call(x=np.ones((8, 4), np.float32)),
+        lambda: call(x=np.ones((3, 4), np.float32)),
         ValueError,
         "x",
         "has features (4,)",
-        "make the module with num_features=(4,)",
+        "expected features (3,). With axis=0, x fits",
     ),
     "initializer": Refused(
         lambda: call(bias_init=vector_of_2),

@@ -131,6 +131,10 @@ def test_restored_arrays_have_the_shardings_of_the_target(tmp_path):
     save_by_orbax(tmp_path / "saved", jbn.init(8))
     target = jax.device_put(jbn.init(8), whole)
     assert jbn.checkpoint.restore(tmp_path / "saved", target)[1].mean.sharding == whole
+    explicit = jax.make_mesh((len(jax.devices()),), ("devices",))
+    tree = jax.device_put(jbn.init(8), jax.sharding.NamedSharding(explicit, jax.sharding.PartitionSpec()))
+    on_one_device = jbn.checkpoint.restore(tmp_path / "saved", jax.eval_shape(lambda tree: tree, tree))
+    assert on_one_device[1].mean.sharding.device_set == {jax.devices()[0]}
 
 
 def test_64_bits_are_restored_as_numpy_where_jax_has_32(tmp_path):

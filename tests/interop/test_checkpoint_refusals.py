@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import serialization
+from flax import nnx, serialization
 from support.refusals import Refused, assert_refused
 from support.saving import by_format, save_by_flax, save_by_orbax
 
@@ -28,6 +28,23 @@ def test_one_error_lists_how_the_tree_differs(tmp_path, save):
     lines = {line.strip() for line in str(caught.value).splitlines()[1:]}
     misshaped = {f"norm/{leaf} has shape (3,), not (5,)" for leaf in ("0/scale", "0/bias", "1/mean", "1/var")}
     assert lines == {"other is missing", "more is extra", "norm/1/count has dtype float32, not int32", *misshaped}
+
+
+def test_a_state_of_nnx_and_its_pure_dict_are_told_apart(tmp_path):
+    state = nnx.state(jbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
+    pure = nnx.to_pure_dict(state)
+    for name, saved, target, longer, given in (
+        ("state", state, pure, "checkpoint", "nnx.state(model)"),
+        ("pure", pure, state, "target", "nnx.to_pure_dict(nnx.state(model))"),
+    ):
+        save_by_orbax(tmp_path / name, {"model": saved, "step": jnp.int32(1)})
+        for others in ({}, {"other": jnp.ones(2)}):
+            with pytest.raises(ValueError, match="does not match `target`") as caught:
+                jbn.checkpoint.restore(tmp_path / name, {"model": target, "step": jnp.int32(0), **others})
+            head, *lines = str(caught.value).splitlines()
+            assert f"The {longer} has one more level, `value`" in head
+            assert head.endswith(f"Pass {given} as the target.")
+            assert len(lines) == 8 + len(others)
 
 
 def test_files_that_are_no_whole_checkpoint_are_refused(tmp_path):

@@ -202,11 +202,15 @@ REFUSED = {
     ),
     "bias": Refused(fold(bias=np.ones(4, np.float32)), ValueError, "bias", "has shape (4,)", "expected (3,)"),
     "whole kernel": Refused(
-        fold(kernel=np.ones((4, 3), np.int32)), TypeError, "kernel", "is int32", "expected a float array"
+        fold(kernel=np.ones((4, 3), np.int32)), TypeError, "kernel", "has dtype int32", "expected a float array"
     ),
-    "no kernel": Refused(fold(kernel=None), TypeError, "kernel", "is NoneType", "expected a float array"),
+    "no kernel": Refused(fold(kernel=None), TypeError, "kernel", "is None", "expected a float array"),
     "bias of objects": Refused(
-        fold(bias=np.array([1.0, None, 2.0])), TypeError, "bias", "is object", "expected a float array"
+        fold(bias=np.array([1.0, None, 2.0])),
+        TypeError,
+        "bias",
+        "is a numpy.ndarray of shape (3,)",
+        "expected a float array",
     ),
     "epsilon": Refused(fold(epsilon=0), ValueError, "epsilon", "is 0.0", "a positive number"),
     "state": Refused(fold(state=None), TypeError, "state", "is a NoneType", "jbn.State(mean, var, count)"),

@@ -39,12 +39,22 @@ def two(states, batch):
 
 calibrate = partly(jbn.calibrate, step=step, state=STATE, batches=[X])
 ARGUMENTS = {
-    "step": Refused(calibrate(step=None), TypeError, "step", "is None", "expected a function of (state, batch)"),
-    "weights": Refused(calibrate(weights=[1]), TypeError, "weights", "is [1]", "expected a function of batch"),
-    "select": Refused(calibrate(select="stem"), TypeError, "select", "is 'stem'", "expected a function of path"),
+    "step": Refused(calibrate(step=None), TypeError, "step", "is a NoneType", "expected a function (state, batch)"),
+    "swapped": Refused(
+        calibrate(step={"stem": STATE}, state=step),
+        TypeError,
+        "step",
+        "is a dict: expected a function (state, batch) -> new state",
+        "as in calibrate(step, state, batches).",
+    ),
+    "weights": Refused(calibrate(weights=[1]), TypeError, "weights", "is a list", "a function batch -> weight"),
+    "select": Refused(calibrate(select="stem"), TypeError, "select", "is a str", "expected a function path -> bool"),
     "batches": Refused(calibrate(batches=3), TypeError, "batches", "is a int", "an iterable of batches for `step`"),
     "no batches": Refused(
-        calibrate(batches=[]), ValueError, "batches", "yielded no batch with a weight above 0", "at least one"
+        calibrate(batches=[]), ValueError, "batches", "is empty: expected at least one batch", "create it again"
+    ),
+    "no weight": Refused(
+        calibrate(weights=lambda x: 0), ValueError, "batches", "no batch with a weight above 0", "at least one"
     ),
     "no statistics": Refused(calibrate(state={"a": X}), ValueError, "state", "holds no statistics", "`mean` and `var`"),
     "half precision": Refused(
@@ -61,7 +71,7 @@ ARGUMENTS = {
         ValueError,
         "select",
         "selects none of the 1 nodes with statistics",
-        "stem",
+        ": stem.",
     ),
     "negative weight": Refused(
         calibrate(weights=lambda x: -1), ValueError, "weights", "gives -1 for batch 0", "a number of at least 0"
@@ -91,7 +101,7 @@ ARGUMENTS = {
         ValueError,
         "weights",
         "gives None at b for batch 0",
-        "an array for each norm: one weight per feature",
+        "with one array of weights in place of each norm",
     ),
     "batches of numbers": Refused(
         calibrate(batches=[[3.0, 4]]),

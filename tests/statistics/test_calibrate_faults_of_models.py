@@ -59,6 +59,7 @@ def test_a_layer_called_twice_is_named(rng, momentum):
         jbn.calibrate(linen_step(model, variables), variables["batch_stats"], [x])
     assert "once ran" not in str(error.value)
     assert "give each call a norm of its own" in str(error.value)
+    assert "let `step` run the model once per batch" in str(error.value)
 
 
 def test_a_stock_flax_norm_is_named(rng):

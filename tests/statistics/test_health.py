@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen, nnx
 from support.refusals import Refused, assert_refused, jitted
@@ -57,6 +58,10 @@ def test_health_finds_each_planted_fault():
     started = diagnostics.health({"good": good}, momentum=0.99)
     assert row_of(started, "good")["stale"] == "initial values weigh 61%"
     assert row_of(diagnostics.health({"good": good}, momentum=0.5), "good")["stale"] is None
+    flax = {"good": {"mean": good.mean, "var": good.var}}
+    for updates, reason in ((None, None), (40, "initial values weigh 67%"), (500, None)):
+        assert row_of(diagnostics.health(flax, momentum=0.99, updates=updates), "good")["stale"] == reason
+    assert row_of(diagnostics.health({"good": good}, momentum=0.99, updates=500), "good")["stale"] == started.rows[0][7]
     once = {"good": good._replace(count=jnp.ones(3))}
     assert row_of(diagnostics.health(once, momentum=0.01), "good")["stale"] is None
     assert row_of(diagnostics.health(once, momentum=0.0101), "good")["stale"] == "initial values weigh 1%"
@@ -76,7 +81,9 @@ def test_health_of_flax_models(rng):
     whole = diagnostics.health({"params": variables["params"], "batch_stats": stats})
     assert [row_of(whole, f"batch_stats/BatchNorm_{i}")["missing"] for i in range(2)] == [None, None]
     del stats["BatchNorm_1"]
-    partial = diagnostics.health({"params": variables["params"], "batch_stats": stats})
+    copies = {"opt_state": optax.adam(0.1).init(variables["params"]), "ema": variables["params"]}
+    partial = diagnostics.health({"params": variables["params"], "batch_stats": stats, **copies})
+    assert [row[0] for row in partial.rows] == ["batch_stats/BatchNorm_0", "params/BatchNorm_1"]
     assert row_of(partial, "params/BatchNorm_1")["missing"] == "mean, var"
     model = nnx.Sequential(jbn.nnx.BatchNorm(3, momentum=jbn.momentum.warmup(0.9), rngs=nnx.Rngs(0)))
     nnx.jit(lambda model, x: model(x))(model, x)
@@ -106,6 +113,15 @@ REFUSED = {
     "traced": Refused(
         jitted(diagnostics.health, tree=STATE), TypeError, "tree", "is traced", "call them outside of jit"
     ),
+    "a schedule": Refused(
+        lambda: diagnostics.health(STATE, momentum=jbn.momentum.warmup(0.99)),
+        TypeError,
+        "momentum",
+        "is jbn.momentum.warmup(0.99): expected a number in [0, 1]. Under warmup, debiased and cumulative",
+        "so leave it out",
+    ),
+    "momentum": Refused(lambda: diagnostics.health(STATE, momentum=2), ValueError, "momentum", "is 2", "in [0, 1]"),
+    "updates": Refused(lambda: diagnostics.health(STATE, updates=-1), ValueError, "updates", "is -1", "at least 0"),
     "other norms": Refused(
         lambda: diagnostics.health({"a": STATE}, {"b": STATE}), ValueError, "tree", "different norms", "the same"
     ),
