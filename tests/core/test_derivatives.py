@@ -220,8 +220,8 @@ def test_moments_are_differentiable(x64, rng, masked):
 
     lanes = {"grad of vmap": lambda f: jax.grad(lambda x: jnp.sum(jax.vmap(f)(jnp.stack([x, 2 * x]))))}
     # Where a feature is constant, its variance is 0, the smallest one, and rounding must not decide on the derivative.
-    for x in (x, x.at[:, 0].set(3.0)):
-        assert_same_derivatives({"grad": jax.grad, "hessian": jax.hessian, **lanes}, (ours, plain), x)
+    for given in (x, x.at[:, 0].set(3.0)):
+        assert_same_derivatives({"grad": jax.grad, "hessian": jax.hessian, **lanes}, (ours, plain), given)
 
 
 def test_the_merge_of_constant_features_is_differentiable(x64):

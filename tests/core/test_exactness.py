@@ -124,7 +124,7 @@ def test_the_smallest_epsilon_leaves_the_gradient_of_a_constant_feature_finite()
     """dx = scale / sqrt(epsilon) * (g - mean(g)), for xhat = 0."""
     (params, state), epsilon, cotangent = jbn.init(1), 1.2e-38, np.float32([[1], [2], [6]])
     params = params._replace(scale=jnp.array([5.0]))
-    out, backward = jax.vjp(lambda x: jbn.batch_norm(params, state, x, True, epsilon=epsilon)[0], jnp.ones((3, 1)))
+    _, backward = jax.vjp(lambda x: jbn.batch_norm(params, state, x, True, epsilon=epsilon)[0], jnp.ones((3, 1)))
     assert_close(backward(cotangent)[0], 5 / np.sqrt(epsilon) * np.array([[-2.0], [-1.0], [3.0]]))
 
 
