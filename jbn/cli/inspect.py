@@ -54,21 +54,25 @@ def run(given: dict[str, Any]) -> int:
     print(table.text(rows=len(table.rows)))
     # A row without channels is of a norm without statistics.
     uncounted = any(channels is not None and updates is None for _, channels, updates, *_ in table.rows)
-    if momentum is not None and given["updates"] is None and uncounted:
+    left = []
+    if momentum is None:
+        left.append("initial values (--momentum)")
+    elif uncounted and given["updates"] is None:
+        left.append("initial values (--updates)")
         print(f"\n{NO_COUNT}")
-    print(f"\n{_summary(table, faulty, given)}")
+    if population is None:
+        left.append("distance from the population (--population)")
+    print(f"\n{_summary(table, faulty, left)}")
     if given["plot"] is not None:
         print("wrote", _draw(Path(given["plot"]), tree, population, given["epsilon"]))
     return 1 if faulty else 0
 
 
-def _summary(table: diagnostics.Table, faulty: list[tuple[Any, ...]], given: dict[str, Any]) -> str:
-    """The faulty norms, or which checks need an option that was not given."""
+def _summary(table: diagnostics.Table, faulty: list[tuple[Any, ...]], left: list[str]) -> str:
+    """The faulty norms, or the checks that are left because an option was not given."""
     if faulty:
         listed = ", ".join(row[0] or "the norm" for row in faulty)
         return f"{len(faulty)} of {len(table.rows)} norms are faulty: {listed}"
-    checks = {"momentum": "initial values", "population": "distance from the population"}
-    left = [f"{check} (--{option})" for option, check in checks.items() if given[option] is None]
     return f"no fault found; not checked: {', '.join(left)}" if left else "no fault found"
 
 
