@@ -115,7 +115,8 @@ def checked_schedule(name: str, given: Any, dtype: Any, check: Callable[[str, An
 
 def checked_bound(name: str, given: Any, state: Any, train: bool) -> tuple[Any, Any]:
     """Check a bound; return (schedule, None) or (None, number)."""
-    schedule, number = checked_schedule(name, given, jnp.float32, functools.partial(checked_bound_number, name))
+    dtype = real_dtype(jnp.result_type(state.mean))
+    schedule, number = checked_schedule(name, given, dtype, functools.partial(checked_bound_number, name))
     if train:
         check_counted(state, name, schedule)
     return schedule, number
