@@ -170,10 +170,10 @@ def test_update_with_a_momentum_near_one_loses_nothing(rng, momentum):
     assert_close(state.var, var, scale=1)
 
 
-def test_a_cumulative_average_keeps_its_digits_from_a_far_start(rng):
-    start, moments = jbn.State(jnp.full(1, 1e8), jnp.ones(1), jnp.zeros(1)), batch(rng, features=1)
-    state = jbn.update(start, moments, momentum=jbn.momentum.cumulative())
-    assert_close(state.mean, moments.mean)
+def test_a_scheduled_average_keeps_its_digits_beside_a_far_start_or_batch(rng):
+    near, far = batch(rng, features=1), jbn.Moments(jnp.full(1, 1e8), jnp.ones(1), jnp.ones(1))
+    for start, moments, schedule in ((far, near, lambda _: 0.0), (near, far, lambda _: 1.0)):
+        assert_close(jbn.update(jbn.State(*start), moments, momentum=schedule).mean, near.mean)
 
 
 @pytest.mark.parametrize("running_var", ["biased", "unbiased", "total"])

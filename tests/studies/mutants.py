@@ -40,7 +40,7 @@ WINGS = {
         "_dtypes": "core/test_bad_input core/test_wrong_kinds core/test_complex",
         "_functions": "core/test_momentum core/test_batch_norm",
         "_rule": "core/test_bad_input core/test_wrong_kinds core/test_ghost_batches core/test_batch_norm",
-        "_scheduled": "core/test_bad_input core/test_momentum core/test_renorm_schedules",
+        "_scheduled": "core/test_bad_input core/test_momentum core/test_renorm_schedules core/test_state",
         "_statistics/unset": "core/test_state",
         "momentum": "core/test_momentum core/test_bad_input",
         "renorm": "core/test_renorm_schedules core/test_bad_input",
