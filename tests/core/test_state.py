@@ -59,6 +59,13 @@ REFUSED = {
         "has shape (): expected (3,)",
         "jbn.upgrade(tree)",
     ),
+    "update by a schedule without a count": Refused(
+        update(state=STATE._replace(count=None), momentum=jbn.momentum.cumulative()),
+        ValueError,
+        "state.count",
+        "is None",
+        "expected an array like `state.mean`",
+    ),
     "update by one count for all features": Refused(
         update(moments=MOMENTS._replace(count=np.float32(8))),
         ValueError,
@@ -214,6 +221,14 @@ def test_one_value_has_no_unbiased_variance(rng):
             np.testing.assert_array_equal(new.count, np.full(3, moves), err_msg=f"{running_var}, {rows}")
             if not moves:
                 assert_same(new.var, start.var)
+
+
+def test_statistics_move_without_a_count(rng):
+    moments = batch(rng)
+    new = jbn.update(STATE._replace(count=None), moments)
+    assert new.count is None
+    assert_close(new.mean, 0.01 * np.float64(moments.mean))
+    assert_close(new.var, 0.99 + 0.01 * np.float64(moments.var))
 
 
 def test_features_with_one_value_keep_their_state_under_unbiased_and_the_others_move():

@@ -38,7 +38,7 @@ WINGS = {
         "_arguments": "core/test_bad_input core/test_wrong_kinds core/test_masks",
         "_complex": "core/test_complex",
         "_dtypes": "core/test_bad_input core/test_wrong_kinds core/test_complex",
-        "_functions": "core/test_momentum core/test_batch_norm",
+        "_functions": "core/test_compiled_programs core/test_momentum core/test_batch_norm",
         "_rule": "core/test_bad_input core/test_wrong_kinds core/test_ghost_batches core/test_batch_norm",
         "_scheduled": "core/test_bad_input core/test_momentum core/test_renorm_schedules core/test_state",
         "_statistics/unset": "core/test_state",
