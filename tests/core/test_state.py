@@ -214,13 +214,12 @@ def test_unset_marks_every_node_of_statistics_and_nothing_else():
         assert_same(marked[name], tree[name])
 
 
-def test_one_value_has_no_unbiased_variance(rng):
-    for running_var, rows, moves in (("unbiased", 1, 0), ("unbiased", 2, 1), ("biased", 1, 1), ("total", 1, 1)):
-        for start in (STATE, jbn.unset(STATE)):
-            new = jbn.update(start, batch(rng, rows), running_var=running_var)
-            np.testing.assert_array_equal(new.count, np.full(3, moves), err_msg=f"{running_var}, {rows}")
-            if not moves:
-                assert_same(new.var, start.var)
+@pytest.mark.parametrize(("running_var", "fewest"), [("biased", 1), ("total", 1), ("unbiased", 2)])
+def test_fewer_values_than_a_variance_needs_move_nothing(rng, running_var, fewest):
+    for start in (STATE, jbn.unset(STATE)):
+        assert_same(jbn.update(start, batch(rng, fewest - 1), running_var=running_var), start)
+        moved = jbn.update(start, batch(rng, fewest), running_var=running_var)
+        np.testing.assert_array_equal(moved.count, np.ones(3))
 
 
 def test_statistics_move_without_a_count(rng):

@@ -29,7 +29,7 @@ WINGS = {
     "core": {
         "_core/moments": "core/test_inner_moments core/test_moments core/test_merge core/test_masks core/test_export",
         "_core/standardize": "core/test_inner_for_xla core/test_derivatives core/test_batch_renorm core/test_residuals",
-        "_core/batch_norm": "core/test_inference core/test_ghost_batches core/test_batch_norm core/test_complex",
+        "_core/batch_norm": "core/test_inference core/test_ghost_batches core/test_masks core/test_batch_norm",
         "_core/batch_renorm": "core/test_renorm_schedules core/test_batch_renorm",
         "_core/state": "core/test_state core/test_batch_norm",
         "_core/sharing": "core/test_inner_sharing core/test_lanes core/test_what_is_sent core/test_tensor_parallel",
@@ -116,6 +116,8 @@ CALLS = {
     "isneginf": "isposinf",
     "rint": "floor",
 }
+WITHOUT_EFFECT = {"strict", "inline"}
+"""Keywords that change no result: a check of lengths, and the form of a program."""
 DROPPED = {"stop_gradient", "square", "sqrt", "expand_dims", "astype", "platform_dependent"}
 
 
@@ -181,6 +183,8 @@ def _code(tree: ast.AST) -> Iterator[ast.expr]:
     """Yield the expressions that determine a result, without annotations, error messages and docstrings."""
     for field, value in ast.iter_fields(tree):
         if field in ("annotation", "returns") or isinstance(tree, ast.Raise):
+            continue
+        if isinstance(tree, ast.keyword) and tree.arg in WITHOUT_EFFECT:
             continue
         for node in value if isinstance(value, list) else [value]:
             if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
