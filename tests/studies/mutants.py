@@ -32,7 +32,7 @@ WINGS = {
         "_core/batch_norm": "core/test_inference core/test_ghost_batches core/test_masks core/test_batch_norm",
         "_core/batch_renorm": "core/test_renorm_schedules core/test_batch_renorm",
         "_core/state": "core/test_state core/test_batch_norm",
-        "_core/sharing": "core/test_inner_sharing core/test_lanes core/test_what_is_sent core/test_tensor_parallel",
+        "_core/sharing": "core/test_inner_sharing core/test_what_is_sent core/test_sharding core/test_tensor_parallel",
         "_core/for_xla": "core/test_inner_for_xla core/test_compiled_programs",
         "_core/checkpoint_policy": "core/test_checkpoint_policy",
         "_arguments": "core/test_bad_input core/test_wrong_kinds core/test_masks",
@@ -69,7 +69,14 @@ WINGS = {
 FOLDERS = {"core": ["core", "statistics"], "statistics": ["statistics", "interop", "core"]}
 EQUIVALENT = {
     "1cc65fe178f3fae6": "changes only how many norms a message lists",
+    "1f42298a27b90ddf": "moves a bound on rounding errors; both values keep the promise",
+    "3217558c0acdd944": "adding 0 to a term that has the right type changes no value",
+    "39907736796d47fe": "16 parts may be sent either way",
     "453aa34e04bf2da8": "only the type of the number is read",
+    "5997c25d4296cb4a": "an optimization barrier changes no value",
+    "6c4f2a67dc08d87d": "the count is a constant of the program in both forms",
+    "947002159487831e": "changes only the size of a cache",
+    "a66ff115cee9e340": "an unset feature is not corrected, so any variance that gives finite numbers will do",
     "b5b7e555a283b943": "changes the allowed rounding between two runs of a layer; twice the value also works",
     "bd1f7e42f6a9caf6": "masking twice equals masking once, which costs less",
     "c90886d0ab9c5d7f": "JAX clips an index to the axis, whose size is 1",
