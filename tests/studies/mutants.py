@@ -73,6 +73,7 @@ EQUIVALENT = {
     "3217558c0acdd944": "adding 0 to a term that has the right type changes no value",
     "39907736796d47fe": "16 parts may be sent either way",
     "453aa34e04bf2da8": "only the type of the number is read",
+    "549fa8cc7b2cfe09": "an optimization barrier changes no value",
     "5997c25d4296cb4a": "an optimization barrier changes no value",
     "6c4f2a67dc08d87d": "the count is a constant of the program in both forms",
     "947002159487831e": "changes only the size of a cache",
