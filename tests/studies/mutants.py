@@ -36,7 +36,7 @@ WINGS = {
         "_core/for_xla": "core/test_inner_for_xla core/test_compiled_programs",
         "_core/checkpoint_policy": "core/test_checkpoint_policy",
         "_arguments": "core/test_bad_input core/test_wrong_kinds core/test_masks",
-        "_complex": "core/test_complex",
+        "_complex": "core/test_complex core/test_moments",
         "_dtypes": "core/test_bad_input core/test_wrong_kinds core/test_complex",
         "_functions": "core/test_compiled_programs core/test_momentum core/test_batch_norm",
         "_rule": "core/test_bad_input core/test_wrong_kinds core/test_ghost_batches core/test_batch_norm",
