@@ -27,8 +27,8 @@ class Rule(NamedTuple):
     """How x is normalized: everything that is fixed when the program is traced."""
 
     axes: Axes
-    epsilon: float
-    dtype: Any
+    epsilon: Any = None
+    dtype: Any = None
     activation: Any = None
     average: Any = None
     sharing: Sharing | None = None
@@ -45,7 +45,7 @@ class Rule(NamedTuple):
     @property
     def of_moments(self) -> "Rule":
         """The fields that the moments depend on; norms that agree in them share the trace of their moments."""
-        return Rule(self.axes, epsilon=0.0, dtype=None, sharing=self.sharing)
+        return Rule(self.axes, sharing=self.sharing)
 
 
 class Numbers(NamedTuple):
@@ -56,14 +56,7 @@ class Numbers(NamedTuple):
     d_max: Any = None
 
 
-def checked_rule(
-    x: jax.Array,
-    *,
-    feature_axis: Any = -1,
-    epsilon: Any = 1e-5,
-    activation: Any = None,
-    dtype: Any = None,
-) -> Rule:
+def checked_rule(x: jax.Array, *, feature_axis: Any, epsilon: Any, activation: Any, dtype: Any) -> Rule:
     """The rule from the arguments that training and inference have in common."""
     axes = _arguments.checked_axes(feature_axis, x.ndim)
     activation = checked_activation(activation, x.shape, _dtypes.arithmetic_dtype(x.dtype))

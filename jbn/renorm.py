@@ -98,8 +98,9 @@ class _Ramp:
 
     def __call__(self, count: Any) -> jax.Array:
         start = LEAST_BOUNDS[self.name]
-        passed = jnp.asarray(count).astype(jnp.result_type(float)) - self.begin
-        return start + (self.limit - start) * jnp.clip(passed / (self.end - self.begin), 0, 1)
+        # As floats, because JAX takes no int beyond int32.
+        passed = jnp.asarray(count).astype(jnp.result_type(float)) - float(self.begin)
+        return start + (self.limit - start) * jnp.clip(passed / float(self.end - self.begin), 0, 1)
 
     def __repr__(self) -> str:
         return f"jbn.renorm.{self.name}({self.limit}, begin={self.begin}, end={self.end})"

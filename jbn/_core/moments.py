@@ -17,7 +17,7 @@ from jbn._arguments import AxisName, IndexGroups
 from jbn._complex import by_parts, cast, inner, real_dtype
 from jbn._core import for_xla
 from jbn._core.sharing import every_part, indexed_automatically, sum_over
-from jbn._rule import Rule, Sharing, checked_rule, training_rule
+from jbn._rule import Rule, Sharing, training_rule
 
 CHECKPOINT_NAME = "jbn_statistics"
 """The name that batch statistics have for policies of `jax.checkpoint`."""
@@ -106,7 +106,7 @@ def moments(
         and LeVeque, Algorithms for Computing the Sample Variance, 1983.
     """
     x = _arguments.checked_input(x)
-    rule = checked_rule(x, feature_axis=feature_axis)
+    rule = Rule(_arguments.checked_axes(feature_axis, x.ndim))
     rule = training_rule(rule, x, axis_name, axis_index_groups)
     return _moments(rule, x, _arguments.checked_mask(mask, x.shape, rule.axes))
 

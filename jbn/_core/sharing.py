@@ -59,7 +59,7 @@ def _places(sharing: Sharing) -> tuple[np.ndarray, np.ndarray, bool]:
     """
     name, groups = sharing
     size = lax.axis_size(name)
-    group_of, seat_of = np.zeros(size, np.int32), np.zeros(size, np.int32)
+    group_of, seat_of = np.empty((2, size), np.int32)  # each place is in one group
     for number, group in enumerate(groups or [range(size)]):
         group_of[list(group)] = number
         seat_of[list(group)] = np.arange(len(group))

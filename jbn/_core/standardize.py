@@ -114,7 +114,6 @@ def _standardize_jvp(rule: Rule, primals: Any, tangents: Any) -> Any:
     # With a shortcut, the slope of relu is read from the result, which is stored anyway as the input of the next layer.
     of_result = inputs.shortcut is not None and rule.activation is jax.nn.relu and not is_complex(out)
     result = out if of_result else None
-    inputs = inputs if result is None else inputs._replace(shortcut=None)
     # jax.checkpoint stores only its arguments: x in its own dtype, and vectors. prevent_cse=False omits its barrier, so
     # that XLA fuses the recomputation with the backward pass.
     linear = jax.checkpoint(functools.partial(_tangent, rule), prevent_cse=False)

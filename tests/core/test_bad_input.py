@@ -33,6 +33,7 @@ INPUT = {
     "a dict": Refused(
         moments(x={"a": X}), TypeError, "x", "a dict, which cannot be converted", "expected one of float32"
     ),
+    "objects": Refused(norm(x=OBJECTS), TypeError, "x", "a ndarray, of dtype object", "expected one of float32"),
     "ragged": Refused(
         norm(x=[[1.0], [1.0, 2.0]]), TypeError, "x", "a list, which cannot be converted", "expected one of float32"
     ),

@@ -214,6 +214,16 @@ def test_low_precision_input_is_rounded_once(rng, dtype):
     assert found.new_state.mean.dtype == jnp.float32
 
 
+@pytest.mark.parametrize(("of_x", "of_state"), [("float64", "float64"), ("float64", "float32"), ("float32", "float64")])
+def test_bounds_are_as_precise_as_the_state(x64, rng, of_x, of_state):
+    params, state, x = case(rng, (8, 3))
+    x, state = x.astype(of_x), jbn.State(*(array.astype(of_state) for array in state))
+    bounds = {"r_max": float(np.asarray(1.2, of_state)), "d_max": float(np.asarray(0.1, of_state))}
+    out, _ = jbn.batch_renorm(params, state, jnp.asarray(x), True, **bounds)
+    assert out.dtype == of_x
+    assert_close(out, corrected(params, state, x, **bounds).out, dtype=of_x, scale=3)
+
+
 @pytest.mark.needs("keras")
 @pytest.mark.parametrize(("bounds", "masked"), [((1.5, 0.2), True), ((3.0, 5.0), False)])
 def test_one_step_equals_that_of_keras(rng, bounds, masked):

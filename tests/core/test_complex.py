@@ -172,7 +172,11 @@ REFUSED = {
         lambda: call(init_dtype=jnp.float32), TypeError, "state.mean", "float32", "jbn.init(features, jnp.complex64)"
     ),
     "complex statistics": Refused(
-        lambda: call(x=REAL), TypeError, "state.mean", "complex64", "jbn.init(features, jnp.float32)"
+        lambda: call(x=REAL),
+        TypeError,
+        "state.mean",
+        "complex64",
+        "a float dtype. Create it with jbn.init(features, jnp.float32)",
     ),
     "complex scale": Refused(
         lambda: jbn.batch_norm(jbn.init(FEATURES, jnp.complex64)[0], jbn.init(FEATURES)[1], REAL, True),

@@ -45,8 +45,11 @@ def everything(params, state, x, shortcut, cotangent, mask):
 def test_every_form_gives_what_the_formula_gives(rng, platform, dtype):
     arrays = [jnp.asarray(rng.normal(size=(16, 4, 3)) + mean, dtype) for mean in (3, 0, 0)]
     params, mask = jbn.Params(*rng.normal(size=(2, 3)).astype(np.float32)), rng.random((16, 4)) < 0.7
+    given = params, jbn.init(3)[1], *arrays, mask
     with for_xla.forms(platform):
-        found = compiled(everything)(params, jbn.init(3)[1], *arrays, mask)
+        program = compiled(everything).lower(*given)
+    assert ("optimization_barrier" in program.as_text()) == (platform != "plain")
+    found = program.compile()(*given)
     x, shortcut, cotangent = (np.asarray(array.astype(jnp.float32), np.float64) for array in arrays)
 
     def close(actual, expected):

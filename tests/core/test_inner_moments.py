@@ -12,7 +12,7 @@ from support.tolerances import SUM, UNIT
 
 import jbn
 from jbn._core import for_xla
-from jbn._core.moments import near_the_data
+from jbn._core.moments import _about_zero_first, near_the_data
 
 ROWS = [
     # Shape, reduced axes, and the positions of the three rows on them.
@@ -95,6 +95,7 @@ FAR = {
     "half of the rows far": lambda x: x + 1e4 * (np.arange(len(x)) % 2),
     "huge": lambda x: 1e15 * x + 1e20,
     "tiny": lambda x: 1e-15 * x + 1e-10,
+    "squares overflow": lambda x: 2.2e17 * (x + 1.4),
     "constant": lambda x: 0 * x + 7,
     "one value not finite": lambda x: np.where(np.arange(len(x)) == 5, np.nan, x),
 }
@@ -109,3 +110,10 @@ def test_sums_about_0_are_taken_again_where_they_lost_digits(rng, asked_afterwar
     found, expected = asked_afterwards(x), reference.batch_norm(x)
     np.testing.assert_allclose(found.mean, expected.mean, rtol=1e-6, atol=1e-5)
     np.testing.assert_allclose(found.var, expected.var, rtol=1e-5)
+
+
+def test_sums_about_0_that_lost_no_digits_are_kept(rng):
+    """One feature is constantly 0, as after a dead relu."""
+    x = np.float32([0, 1]) * rng.normal(size=(4096, 2)).astype(np.float32)
+    shift, _, _ = jax.jit(functools.partial(_about_zero_first, (0,), np.float32(4096)))(x)
+    np.testing.assert_array_equal(shift, [0, 0])

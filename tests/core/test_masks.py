@@ -135,7 +135,7 @@ def test_masked_nan_stays_out_of_eager_gradients(dtype):
     x[3] = np.nan
     x = jnp.asarray(x.astype(jnp.dtype(dtype)))
     with jax.debug_nans(True):
-        gradient = jax.grad(lambda x: jnp.sum(jbn.batch_norm(params, state, x, True, mask=mask)[0] ** 3))(x)
+        gradient = jax.grad(lambda x: jnp.sum(jbn.batch_norm(params, state, x, True, mask=mask, shortcut=x)[0] ** 3))(x)
     np.testing.assert_array_equal(gradient[3], jnp.zeros(3, dtype))
 
 

@@ -27,6 +27,11 @@ def test_default_bounds_are_those_published():
     assert float(defaults["d_max"].default(15_000)) == 2.5
 
 
+def test_a_bound_may_rise_from_the_first_update_on_for_more_updates_than_int32_holds():
+    assert float(jbn.renorm.r_max(3.0, begin=0, end=2**31)(jnp.int32(2**30))) == 2
+    assert float(jbn.renorm.d_max(3.0, begin=2**31, end=2**32)(jnp.int32(2**30))) == 0
+
+
 def test_bounds_follow_the_count(rng):
     params, state, x = case(rng, (8, 3))
     schedules = {"r_max": jbn.renorm.r_max(2.0, begin=10, end=20), "d_max": jbn.renorm.d_max(1.0, begin=10, end=20)}

@@ -59,6 +59,13 @@ REFUSED = {
         "has shape (): expected (3,)",
         "jbn.upgrade(tree)",
     ),
+    "update by a schedule without a count": Refused(
+        update(state=STATE._replace(count=None), momentum=jbn.momentum.cumulative()),
+        ValueError,
+        "state.count",
+        "is None",
+        "expected an array like `state.mean`",
+    ),
     "update by one count for all features": Refused(
         update(moments=MOMENTS._replace(count=np.float32(8))),
         ValueError,
@@ -172,10 +179,10 @@ def test_update_with_a_momentum_near_one_loses_nothing(rng, momentum):
     assert_close(state.var, var, scale=1)
 
 
-def test_a_cumulative_average_keeps_its_digits_from_a_far_start(rng):
-    start, moments = jbn.State(jnp.full(1, 1e8), jnp.ones(1), jnp.zeros(1)), batch(rng, features=1)
-    state = jbn.update(start, moments, momentum=jbn.momentum.cumulative())
-    assert_close(state.mean, moments.mean)
+def test_a_scheduled_average_keeps_its_digits_beside_a_far_start_or_batch(rng):
+    near, far = batch(rng, features=1), jbn.Moments(jnp.full(1, 1e8), jnp.ones(1), jnp.ones(1))
+    for start, moments, schedule in ((far, near, lambda _: 0.0), (near, far, lambda _: 1.0)):
+        assert_close(jbn.update(jbn.State(*start), moments, momentum=schedule).mean, near.mean)
 
 
 @pytest.mark.parametrize("running_var", ["biased", "unbiased", "total"])
@@ -209,13 +216,20 @@ def test_unset_marks_every_node_of_statistics_and_nothing_else():
         assert_same(marked[name], tree[name])
 
 
-def test_one_value_has_no_unbiased_variance(rng):
-    for running_var, rows, moves in (("unbiased", 1, 0), ("unbiased", 2, 1), ("biased", 1, 1), ("total", 1, 1)):
-        for start in (STATE, jbn.unset(STATE)):
-            new = jbn.update(start, batch(rng, rows), running_var=running_var)
-            np.testing.assert_array_equal(new.count, np.full(3, moves), err_msg=f"{running_var}, {rows}")
-            if not moves:
-                assert_same(new.var, start.var)
+@pytest.mark.parametrize(("running_var", "fewest"), [("biased", 1), ("total", 1), ("unbiased", 2)])
+def test_fewer_values_than_a_variance_needs_move_nothing(rng, running_var, fewest):
+    for start in (STATE, jbn.unset(STATE)):
+        assert_same(jbn.update(start, batch(rng, fewest - 1), running_var=running_var), start)
+        moved = jbn.update(start, batch(rng, fewest), running_var=running_var)
+        np.testing.assert_array_equal(moved.count, np.ones(3))
+
+
+def test_statistics_move_without_a_count(rng):
+    moments = batch(rng)
+    new = jbn.update(STATE._replace(count=None), moments)
+    assert new.count is None
+    assert_close(new.mean, 0.01 * np.float64(moments.mean))
+    assert_close(new.var, 0.99 + 0.01 * np.float64(moments.var))
 
 
 def test_features_with_one_value_keep_their_state_under_unbiased_and_the_others_move():

@@ -4,7 +4,8 @@
 
 Draws mutants of one part of the library with a fixed seed, runs the tests of each mutant in a copy of the repository,
 and lists the survivors. A survivor shows a missing test, or has no observable effect. A run takes hours. A run with an
-existing --out file continues: it repeats the survivors, except those known to be equivalent, and runs the rest.
+existing --out file continues: it repeats the survivors, except those known to be equivalent, and runs the rest. So
+run with --near first, then without: most mutants fail a quick test near them.
 """
 
 import argparse
@@ -26,17 +27,25 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 WINGS = {
     "core": {
-        "_core/moments": "core/test_inner_moments core/test_moments core/test_merge core/test_masks",
-        "_core/standardize": "core/test_exactness core/test_derivatives core/test_batch_renorm core/test_inner_for_xla",
-        "_core/batch_norm": "core/test_batch_norm core/test_ghost_batches core/test_bad_input core/test_devices",
-        "_core/state": "core/test_state core/test_batch_norm core/test_bad_input",
-        "_core/sharing": "core/test_devices core/test_inner_sharing core/test_lanes core/test_what_is_sent",
-        "momentum": "core/test_momentum core/test_state",
+        "_core/moments": "core/test_inner_moments core/test_moments core/test_merge core/test_masks core/test_export",
+        "_core/standardize": "core/test_inner_for_xla core/test_derivatives core/test_batch_renorm core/test_residuals",
+        "_core/batch_norm": "core/test_inference core/test_ghost_batches core/test_masks core/test_batch_norm",
+        "_core/batch_renorm": "core/test_renorm_schedules core/test_batch_renorm",
+        "_core/state": "core/test_state core/test_batch_norm",
+        "_core/sharing": "core/test_inner_sharing core/test_what_is_sent core/test_sharding core/test_tensor_parallel",
+        "_core/for_xla": "core/test_inner_for_xla core/test_compiled_programs",
+        "_core/checkpoint_policy": "core/test_checkpoint_policy",
+        "_arguments": "core/test_bad_input core/test_wrong_kinds core/test_masks",
+        "_complex": "core/test_complex core/test_moments",
+        "_dtypes": "core/test_bad_input core/test_wrong_kinds core/test_complex",
+        "_functions": "core/test_compiled_programs core/test_momentum core/test_batch_norm",
+        "_rule": "core/test_bad_input core/test_wrong_kinds core/test_ghost_batches core/test_batch_norm",
+        "_scheduled": "core/test_bad_input core/test_momentum core/test_renorm_schedules core/test_state",
+        "_statistics/unset": "core/test_state",
+        "momentum": "core/test_momentum core/test_bad_input",
+        "renorm": "core/test_renorm_schedules core/test_bad_input",
     },
     "statistics": {
-        "momentum": "core/test_momentum core/test_state",
-        "renorm": "core/test_renorm_schedules core/test_batch_renorm",
-        "_core/batch_renorm": "core/test_batch_renorm core/test_renorm_schedules",
         "_statistics/calibrate": "statistics/test_calibrate statistics/test_calibrate_faults",
         "_statistics/faults": "statistics/test_calibrate_faults statistics/test_calibrate",
         "_statistics/merge_states": "statistics/test_merge_states statistics/test_properties_of_statistics",
@@ -56,18 +65,25 @@ WINGS = {
         "diagnostics/_table": "statistics/test_compare statistics/test_health",
     },
 }
-"""The modules to mutate, each with the tests that run first; the other tests of the wing follow."""
+"""The modules to mutate, each with the tests near it, which run first; the other tests of the wing follow."""
 FOLDERS = {"core": ["core", "statistics"], "statistics": ["statistics", "interop", "core"]}
 EQUIVALENT = {
-    "0ea6347c11b5841f": "jax.numpy.array copies the memory of NumPy with and without the argument",
-    "0234926f3006f035": "changes only how many norms a message lists",
-    "08ff1ecf9f524f26": "changes the allowed rounding between two runs of a layer; twice the value also works",
-    "295a7c28f47215ef": "both forms give the same average at momentum 0.5",
-    "35bf1aebe040d5bc": "JAX clips an index to the axis, whose size is 1",
-    "3dd8e232745f6e30": "only the type of the number is read",
-    "400125abd467999f": "masking twice equals masking once, which costs less",
+    "1cc65fe178f3fae6": "changes only how many norms a message lists",
+    "1f42298a27b90ddf": "moves a bound on rounding errors; both values keep the promise",
+    "3217558c0acdd944": "adding 0 to a term that has the right type changes no value",
+    "39907736796d47fe": "16 parts may be sent either way",
+    "453aa34e04bf2da8": "only the type of the number is read",
+    "549fa8cc7b2cfe09": "an optimization barrier changes no value",
+    "5997c25d4296cb4a": "an optimization barrier changes no value",
+    "6c4f2a67dc08d87d": "the count is a constant of the program in both forms",
+    "947002159487831e": "changes only the size of a cache",
+    "a66ff115cee9e340": "an unset feature is not corrected, so any variance that gives finite numbers will do",
+    "b5b7e555a283b943": "changes the allowed rounding between two runs of a layer; twice the value also works",
+    "bd1f7e42f6a9caf6": "masking twice equals masking once, which costs less",
+    "c90886d0ab9c5d7f": "JAX clips an index to the axis, whose size is 1",
+    "f295494d6c4c702d": "jax.numpy.array copies the memory of NumPy with and without the argument",
 }
-"""Survivors of seed 0 that change no result except by rounding, by key, with the reason."""
+"""Mutants that change no result except by rounding, by key, with the reason."""
 SWAPS = {
     ast.Add: ast.Sub,
     ast.Sub: ast.Add,
@@ -108,6 +124,8 @@ CALLS = {
     "isneginf": "isposinf",
     "rint": "floor",
 }
+WITHOUT_EFFECT = {"strict", "inline"}
+"""Keywords that change no result: a check of lengths, and the form of a program."""
 DROPPED = {"stop_gradient", "square", "sqrt", "expand_dims", "astype", "platform_dependent"}
 
 
@@ -127,7 +145,7 @@ def main() -> None:
     print(f"{len(drawn)} mutants, {len(left)} still to run", flush=True)
     with ThreadPoolExecutor(arguments.jobs) as pool:
         for (key, mutant), killer in zip(
-            left, pool.map(lambda pair: killed_by(pair[1], arguments.wing), left), strict=True
+            left, pool.map(lambda pair: killed_by(pair[1], tests_of(pair[1], arguments)), left), strict=True
         ):
             results[key] = killer
             arguments.out.write_text(json.dumps(results, indent=1))
@@ -140,14 +158,19 @@ def main() -> None:
 
 
 def drawn_by(wing: str, seed: int) -> list[tuple[str, Mutant]]:
-    """All mutants in an order that the seed determines, each with a key that edits elsewhere do not change."""
+    """All mutants in an order that the seed determines, each with a key that edits of other lines do not change."""
     keyed, seen = [], Counter()
     for module in WINGS[wing]:
+        lines = (ROOT / "jbn" / f"{module}.py").read_text().splitlines()
         for mutant in mutants_of(module):
-            change = f"{seed} {module} {mutant.before} {mutant.after}"
+            change = f"{module} {lines[mutant.line - 1].strip()} {mutant.before} {mutant.after}"
             seen[change] += 1
-            keyed.append((hashlib.sha256(f"{change} {seen[change]}".encode()).hexdigest()[:16], mutant))
-    return sorted(keyed, key=lambda pair: pair[0])
+            keyed.append((hashed(f"{change} {seen[change]}"), mutant))
+    return sorted(keyed, key=lambda pair: hashed(f"{seed} {pair[0]}"))
+
+
+def hashed(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def described(mutant: Mutant) -> str:
@@ -168,6 +191,8 @@ def _code(tree: ast.AST) -> Iterator[ast.expr]:
     """Yield the expressions that determine a result, without annotations, error messages and docstrings."""
     for field, value in ast.iter_fields(tree):
         if field in ("annotation", "returns") or isinstance(tree, ast.Raise):
+            continue
+        if isinstance(tree, ast.keyword) and tree.arg in WITHOUT_EFFECT:
             continue
         for node in value if isinstance(value, list) else [value]:
             if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
@@ -228,8 +253,8 @@ def _spliced(source: str, node: ast.expr, replacement: str) -> str:
     return (encoded[:start] + replacement.encode() + encoded[end:]).decode()
 
 
-def killed_by(mutant: Mutant, wing: str) -> str | None:
-    """The first test that fails with this mutant, or None."""
+def killed_by(mutant: Mutant, tests: list[str]) -> str | None:
+    """The first of these tests that fails with this mutant, or None."""
     with tempfile.TemporaryDirectory() as folder:
         for name in ("jbn", "tests", "pyproject.toml", "README.md", "CHANGELOG.md"):
             copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
@@ -237,8 +262,7 @@ def killed_by(mutant: Mutant, wing: str) -> str | None:
         (Path(folder) / "jbn" / f"{mutant.module}.py").write_text(mutant.source)
         command = [sys.executable, "-m", "pytest", "-n", "0", "-x", "-q", "--no-header", "-p", "no:cacheprovider"]
         environment = os.environ | {"PYTHONPATH": folder, "JAX_COMPILATION_CACHE_DIR": str(CACHE), **CACHE_EVERYTHING}
-        command += tests_of(mutant, wing)
-        run = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
+        run = subprocess.Popen([*command, *tests], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
         try:
             output, _ = run.communicate(timeout=3600)
         except subprocess.TimeoutExpired:
@@ -248,11 +272,14 @@ def killed_by(mutant: Mutant, wing: str) -> str | None:
         return None if run.returncode == 0 else (failed or ["the tests cannot be collected"])[0][:200]
 
 
-def tests_of(mutant: Mutant, wing: str) -> list[str]:
-    """The test files to run, with those close to the mutant first."""
-    near = [f"tests/{name}.py" for name in WINGS[wing][mutant.module].split()]
-    all_files = [path for folder in FOLDERS[wing] for path in sorted((ROOT / "tests" / folder).glob("test_*.py"))]
-    return list(dict.fromkeys([*near, *(str(path.relative_to(ROOT)) for path in all_files)]))
+def tests_of(mutant: Mutant, arguments: argparse.Namespace) -> list[str]:
+    """What to give pytest: quick tests near the mutant, or all tests of the wing, with the near ones first."""
+    near = [f"tests/{name}.py" for name in WINGS[arguments.wing][mutant.module].split()]
+    if arguments.near:
+        return ["-m", "not slow", *near]
+    folders = [ROOT / "tests" / folder for folder in FOLDERS[arguments.wing]]
+    others = [str(path.relative_to(ROOT)) for folder in folders for path in sorted(folder.glob("test_*.py"))]
+    return list(dict.fromkeys([*near, *others]))
 
 
 CACHE = Path(tempfile.gettempdir()) / "jbn-mutants-cache"
@@ -266,6 +293,7 @@ CACHE_EVERYTHING = {
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wing", choices=WINGS, default="core", help="part of the library to mutate (default: core)")
+    parser.add_argument("--near", action="store_true", help="run only quick tests near each mutant")
     parser.add_argument("--every", type=int, default=1, help="run every n-th of the drawn mutants (default: 1)")
     parser.add_argument("--mutants", type=int, default=150, help="number of mutants to draw (default: 150)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the draw (default: 0)")
