@@ -129,13 +129,6 @@ def test_an_infinite_variance_is_loud_and_a_huge_one_is_corrected():
     assert bool(jnp.all(jnp.isnan(fault.out)))
 
 
-def test_a_bound_has_the_precision_of_the_state(x64):
-    params, state = jbn.init(1, jnp.float64)
-    x = jnp.array([[-3.0], [3.0]])
-    out, _ = jbn.batch_renorm(params, state, x, True, r_max=1.1, d_max=0.0)
-    assert_close(out, 1.1 * np.asarray(x) / np.sqrt(9 + 1e-5), "float64")
-
-
 def test_state_and_bounds_are_not_differentiated(rng):
     params, state, x = case(rng, (8, 3))
 

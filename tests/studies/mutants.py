@@ -27,7 +27,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 WINGS = {
     "core": {
-        "_core/moments": "core/test_inner_moments core/test_moments core/test_merge core/test_masks core/test_export",
+        "_core/moments": "core/test_inner_moments core/test_moments core/test_merge core/test_masks core/test_derivatives",
         "_core/standardize": "core/test_inner_for_xla core/test_derivatives core/test_batch_renorm core/test_residuals",
         "_core/batch_norm": "core/test_inference core/test_ghost_batches core/test_masks core/test_batch_norm",
         "_core/batch_renorm": "core/test_renorm_schedules core/test_batch_renorm",
@@ -75,9 +75,9 @@ EQUIVALENT = {
     "453aa34e04bf2da8": "only the type of the number is read",
     "549fa8cc7b2cfe09": "an optimization barrier changes no value",
     "5997c25d4296cb4a": "an optimization barrier changes no value",
-    "6c4f2a67dc08d87d": "the count is a constant of the program in both forms",
+    "24fccb048157ce76": "the count is a constant of the program in both forms",
     "947002159487831e": "changes only the size of a cache",
-    "a66ff115cee9e340": "an unset feature is not corrected, so any variance that gives finite numbers will do",
+    "55cdd8ded00f7c0c": "an unset feature is not corrected, so any variance that gives finite numbers will do",
     "b5b7e555a283b943": "changes the allowed rounding between two runs of a layer; twice the value also works",
     "bd1f7e42f6a9caf6": "masking twice equals masking once, which costs less",
     "c90886d0ab9c5d7f": "JAX clips an index to the axis, whose size is 1",
