@@ -27,7 +27,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 WINGS = {
     "core": {
-        "_core/moments": "core/test_inner_moments core/test_moments core/test_merge core/test_masks core/test_derivatives",
+        "_core/moments": "core/test_inner_moments core/test_merge core/test_masks core/test_derivatives",
         "_core/standardize": "core/test_inner_for_xla core/test_derivatives core/test_batch_renorm core/test_residuals",
         "_core/batch_norm": "core/test_inference core/test_ghost_batches core/test_masks core/test_batch_norm",
         "_core/batch_renorm": "core/test_renorm_schedules core/test_batch_renorm",
