@@ -206,15 +206,15 @@ def test_running_statistics_are_not_differentiated(small):
 
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
 def test_moments_are_differentiable(x64, rng, masked):
-    x = jnp.asarray(rng.normal(size=(6, 2)) + 3)
-    mask = np.array([[1, 1], [1, 0], [0, 0], [1, 1], [0, 1], [1, 1]], bool) if masked else None
+    x = jnp.asarray(rng.normal(size=(6, 3)) + 3)
+    mask = np.array([[1, 1, 0], [1, 0, 1], [0, 0, 0], [1, 1, 0], [0, 1, 0], [1, 1, 0]], bool) if masked else None
 
     def ours(x):
         batch = jbn.moments(x, mask=mask)
         return jnp.sum(jnp.sin(batch.mean) * jnp.exp(batch.var))
 
     def plain(x):
-        w = jnp.ones((6, 2)) if mask is None else jnp.asarray(mask, jnp.float64)
+        w = jnp.ones((6, 3)) if mask is None else jnp.asarray(mask, jnp.float64)
         mean = jnp.sum(w * x, 0) / jnp.sum(w, 0)
         return jnp.sum(jnp.sin(mean) * jnp.exp(jnp.sum(w * jnp.square(x - mean[None]), 0) / jnp.sum(w, 0)))
 
