@@ -207,7 +207,7 @@ def _of_place_jvp(reduced: tuple[int, ...], primals: Any, tangents: Any) -> tupl
     """The derivative of the formulas, the same for each platform: mean_t = mean(t), var_t = 2 * mean(xc * t)."""
     x, mask, count = primals
     batch = _of_place(reduced, x, mask, count)
-    xc, t = centered(reduced, x, mask, ShiftedMoments(*batch, count)), zero_masked(wide(tangents[0]), mask)
+    xc, t = centered(reduced, x, mask, ShiftedMoments(*batch, count=count)), zero_masked(wide(tangents[0]), mask)
     divisor = jnp.maximum(count, 1)
     mean_t, covariance = (jnp.sum(v, reduced) / cast(divisor, v.dtype) for v in (t, inner(xc, t)))
     return batch, [jnp.zeros_like(batch[0]), mean_t, 2 * covariance]
