@@ -78,6 +78,14 @@ def test_empty_parts_do_nothing_far_from_zero(rng):
         assert_close(merged.var, reference.batch_norm(x).var)
 
 
+def test_rounding_makes_no_variance_negative(rng):
+    """The parts of each feature have one value, whose distance to the computed center is a few roundings."""
+    value = rng.uniform(500, 1000, 4000).astype(np.float32)
+    counts = rng.integers(1, 100, (10, 4000)).astype(np.float32)
+    var = jbn.merge(*(jbn.Moments(value, 0 * value, count) for count in counts)).var
+    assert bool(jnp.all((var >= 0) & (var < 1e-12)))
+
+
 def test_each_feature_has_a_count_of_its_own(rng):
     """Masks that differ between features: one feature has no value in one part, and one has none at all."""
     x = (rng.normal(size=(40, 3)) + 3).astype(np.float32)
