@@ -112,6 +112,9 @@ REFUSED = {
         "already has an entry at params/bn/scale",
         "the tree without",
     ),
+    "a path of Flax": Refused(
+        lambda: join({"block/bn": NORM}, {}, "torch"), ValueError, "norms", "has the path block/bn", "layer1.0.bn1"
+    ),
     "a count for Keras": Refused(
         lambda: join({}, {}, "keras", with_count=True), ValueError, "with_count", "'keras'", "leave it out"
     ),
