@@ -85,7 +85,8 @@ def check_vectors(name: str, vectors: Any, expected: tuple[int, ...], why: str) 
             continue
         if not is_array(vector):
             raise TypeError(
-                f"`{name}.{field}` is {shown(vector)}: expected a numeric array of NumPy or JAX, of shape {expected}."
+                f"`{name}.{field}` is {described(vector)}: expected a numeric array of NumPy or JAX, of shape "
+                f"{expected}."
             )
         if np.shape(vector) != expected:
             # The mean and the variance fit already, so a count that does not comes from jbn 0.1.
@@ -101,7 +102,12 @@ def of_upgrade(field: str) -> str:
     return ". jbn.upgrade(tree) gives each feature of older statistics its own count" if field == "count" else ""
 
 
-def shown(value: Any) -> str:
+def fitting_axis(shape: Sequence[int], features: tuple[int, ...]) -> int | None:
+    """The first axis whose size is that of the features, for advice in a message; None if there is none."""
+    return next((axis for axis, size in enumerate(shape) if (size,) == features), None)
+
+
+def described(value: Any) -> str:
     """A value for a message: arrays of any library by their type and shape, NamedTuples by their type."""
     kind, shape = type(value), getattr(value, "shape", None)
     if shape is None and not hasattr(value, "_fields"):
@@ -160,7 +166,7 @@ def checked_shortcut(shortcut: Any, x: jax.Array) -> jax.Array | None:
         return None
     if not is_array(shortcut):
         raise TypeError(
-            f"`shortcut` is {shown(shortcut)}: expected an array of NumPy or JAX with the shape of x, {x.shape}."
+            f"`shortcut` is {described(shortcut)}: expected an array of NumPy or JAX with the shape of x, {x.shape}."
         )
     shortcut = shortcut if isinstance(shortcut, jax.Array) else jnp.asarray(shortcut)
     if shortcut.shape != x.shape:

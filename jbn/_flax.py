@@ -147,11 +147,11 @@ def check_shapes(module: Any, x: jax.Array, features: tuple[int, ...], **variabl
         if vector is not None and vector.shape != features:
             raise ValueError(
                 f"`{name}` has shape {vector.shape}: expected {features}, the features of x of shape {x.shape} on "
-                f"`axis` {module.axis}{fitting_axis(x, vector.shape)}{_arguments.of_upgrade(name)}."
+                f"`axis` {module.axis}{of_fitting_axis(x, vector.shape)}{_arguments.of_upgrade(name)}."
             )
 
 
-def fitting_axis(x: jax.Array, features: tuple[int, ...]) -> str:
+def of_fitting_axis(x: jax.Array, features: tuple[int, ...]) -> str:
     """The advice for an input with its features on another axis, to append to a message; empty if none fits."""
-    fitting = [axis for axis, size in enumerate(x.shape) if (size,) == features]
-    return f". With axis={fitting[0]}, x fits" if fitting else ""
+    fitting = _arguments.fitting_axis(x.shape, features)
+    return "" if fitting is None else f". With axis={fitting}, x fits"

@@ -91,7 +91,7 @@ def _float_array(name: str, value: Any) -> jax.Array:
     try:
         array = jnp.asarray(value)
     except (TypeError, ValueError):
-        raise TypeError(f"`{name}` is {_arguments.shown(value)}: expected a float array.") from None
+        raise TypeError(f"`{name}` is {_arguments.described(value)}: expected a float array.") from None
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"`{name}` has dtype {array.dtype.name}: expected a float array.")
     return array

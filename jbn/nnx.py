@@ -231,7 +231,7 @@ class BatchNorm(nnx.Module):
         if given != expected:
             raise ValueError(
                 f"`x` of shape {x.shape} has features {given} on `axis` {self.axis}, but `num_features` is "
-                f"{self.num_features}: expected features {expected}{_flax.fitting_axis(x, expected)}."
+                f"{self.num_features}: expected features {expected}{_flax.of_fitting_axis(x, expected)}."
             )
 
 

@@ -214,8 +214,8 @@ def checked_call(params: Any, state: Any, inputs: Inputs, *, train: bool, **opti
     rule = checked_rule(x, **options)
     features = rule.axes.features(x.shape)
     why = f"the features of x of shape {tuple(x.shape)} on `feature_axis` {rule.axes.feature}"
-    fitting = [axis for axis, size in enumerate(x.shape) if (size,) == getattr(state.mean, "shape", ())]
-    why += f". Give feature_axis={fitting[0]}, which fits the state, or create" if fitting else ". Create"
+    fitting = _arguments.fitting_axis(x.shape, getattr(state.mean, "shape", ()))
+    why += ". Create" if fitting is None else f". Give feature_axis={fitting}, which fits the state, or create"
     why += f" it with jbn.init({features})"
     for name, vectors in (("params", params), ("state", state)):
         _arguments.check_vectors(name, vectors, features, why)

@@ -49,10 +49,11 @@ def added(varying: jax.Array, constant: jax.Array, dtype: Any) -> jax.Array:
     barrier. With silu, a small network takes 0.991 of the time of Flax's on an H100, and 1.004 without. In forward
     mode on a GPU, both terms are rounded to `dtype` before they are added.
     """
-    on_gpu = {
-        "cuda": lambda varying, constant: varying.astype(dtype) + lax.optimization_barrier(constant.astype(dtype))
-    }
-    return by_platform(lambda varying, constant: (varying + constant).astype(dtype), varying, constant, **on_gpu)
+
+    def on_gpu(varying: jax.Array, constant: jax.Array) -> jax.Array:
+        return varying.astype(dtype) + lax.optimization_barrier(constant.astype(dtype))
+
+    return by_platform(lambda varying, constant: (varying + constant).astype(dtype), varying, constant, cuda=on_gpu)
 
 
 def computed_once(center: jax.Array) -> jax.Array:
